@@ -1,0 +1,10 @@
+"""Linear-attention vision backbones for timm.
+
+Importing this package registers its models, after which `timm.create_model('vvt_small')` and everything else that
+takes a timm model name works with them. Nothing else happens at import.
+"""
+from . import models
+
+__version__ = '0.1.0'
+
+__all__ = ['models', '__version__']

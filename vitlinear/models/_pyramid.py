@@ -1,0 +1,453 @@
+"""The pyramid that families share: stem, four stages of attention and convolutional MLP, head, and timm's contract.
+
+Structure as in PVTv2 (arXiv 2106.13797): overlapping patch embeddings, pre-norm blocks, a norm after each stage. Maps
+are (B, H, W, C) within a stage and leave it as a (B, C, H, W) view in channels-last memory, so neither norms nor
+convolutions copy.
+"""
+import math
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+
+import torch
+import torch.nn as nn
+
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_ntuple, trunc_normal_
+
+from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
+from ..attention import ATTENTION_LAYERS, get_attention_layer
+from ..attention._common import use_bands
+
+# Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
+# 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
+MLP_BAND = 2 ** 21
+
+for _layer in ATTENTION_LAYERS.values():
+    register_notrace_module(_layer)
+
+
+@register_notrace_function
+def check_input(x: torch.Tensor, in_chans: int) -> None:
+    """Raise ValueError unless `x` is a non-empty (B, in_chans, H, W) batch."""
+    if x.ndim != 4:
+        raise ValueError(f'Expected a (B, {in_chans}, H, W) batch of images, got {x.ndim} dimensions.')
+    if x.shape[1] != in_chans:
+        raise ValueError(
+            f'Expected {in_chans} input channels (in_chans), got {x.shape[1]} in a batch of shape {list(x.shape)}.')
+    if x.shape[0] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
+        raise ValueError(f'Expected a batch of at least one image and one pixel, got shape {list(x.shape)}.')
+
+
+@register_notrace_module
+class ConvMlp(nn.Module):
+    """MLP with a depthwise 3x3 convolution before its activation, on (B, H, W, C) maps.
+
+    Paper: PVTv2, arXiv 2106.13797.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            hidden_dim: int,
+            act_layer: Type[nn.Module] = nn.GELU,
+            drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.fc1 = nn.Linear(dim, hidden_dim, **dd)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = nn.Linear(hidden_dim, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        if not torch.jit.is_scripting():
+            if x.shape[0] * x.shape[1] * x.shape[2] * self.fc1.out_features > 2 * MLP_BAND and use_bands(x):
+                return self._forward_bands(x)
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = self.drop1(self.act(x))
+        return self.drop2(self.fc2(x))
+
+    def _forward_bands(self, x: torch.Tensor) -> torch.Tensor:
+        """`forward` in bands of rows, with one more row on either side for the convolution."""
+        B, H, W, _ = x.shape
+        rows = max(8, MLP_BAND // (W * self.fc1.out_features))
+        out = None
+        for b in range(B):
+            for i in range(0, H, rows):
+                above, below = max(i - 1, 0), min(i + rows + 1, H)
+                y = self.fc1(x[b:b + 1, above:below])
+                y = self.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, i - above:i - above + rows]
+                y = self.drop2(self.fc2(self.drop1(self.act(y))))
+                if out is None:
+                    out = y.new_empty(B, H, W, y.shape[-1])
+                out[b, i:i + rows] = y[0]
+        return out
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP on a (B, H, W, C) map."""
+
+    def __init__(
+            self,
+            dim: int,
+            attn: nn.Module,
+            mlp_ratio: float = 4.,
+            proj_drop: float = 0.,
+            drop_path: float = 0.,
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = attn
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.attn(self.norm1(x)))
+        x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        return x
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patch embedding: strided convolution and norm, (B, C, H, W) to (B, C', H', W').
+
+    A side of n becomes ceil(n / stride) for odd `patch_size`.
+    """
+
+    def __init__(
+            self,
+            in_chans: int,
+            embed_dim: int,
+            patch_size: int = 3,
+            stride: int = 2,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=stride, padding=patch_size // 2, **dd)
+        self.norm = norm_layer(embed_dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class PyramidStage(nn.Module):
+    """Downsampling, blocks and norm, (B, C, H, W) to (B, C', H', W')."""
+
+    def __init__(
+            self,
+            in_dim: int,
+            dim: int,
+            attn_layers: Sequence[nn.Module],
+            downsample: bool = True,
+            mlp_ratio: float = 4.,
+            proj_drop: float = 0.,
+            drop_path: Sequence[float] = (),
+            act_layer: Type[nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.grad_checkpointing = False
+        self.downsample = PatchEmbed(in_dim, dim, **dd) if downsample else nn.Identity()
+        self.blocks = nn.ModuleList([
+            Block(
+                dim,
+                attn,
+                mlp_ratio=mlp_ratio,
+                proj_drop=proj_drop,
+                drop_path=rate,
+                act_layer=act_layer,
+                norm_layer=norm_layer,
+                **dd,
+            ) for attn, rate in zip(attn_layers, drop_path)])
+        self.norm = norm_layer(dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+
+def _check_global_pool(global_pool: str) -> None:
+    if global_pool not in ('avg', ''):
+        raise ValueError(f"Unsupported global_pool '{global_pool}', expected 'avg' or '' (no pooling).")
+
+
+class Pyramid(nn.Module):
+    """Hierarchical backbone around one attention mechanism.
+
+    Stage i of a (B, in_chans, H, W) batch is a (B, embed_dims[i], H_i, W_i) map with H_0 = ceil(H / patch_stride) and
+    H_i = ceil(H_{i-1} / 2), likewise for W, for any H and W from 1.
+    """
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dims: Sequence[int] = (64, 128, 256, 512),
+            depths: Sequence[int] = (2, 2, 2, 2),
+            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
+            mlp_ratios: Union[float, Sequence[float]] = 4.,
+            patch_size: int = 7,
+            patch_stride: int = 4,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'softmax',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            act_layer: Type[nn.Module] = nn.GELU,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chans: Channels of the input images.
+            num_classes: Classes of the head, 0 for none.
+            global_pool: 'avg', or '' to leave the last map unpooled.
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            patch_size: Kernel of the stem convolution, odd.
+            patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
+            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory.
+            attn_kwargs: Further arguments of the mechanism.
+            act_layer: Activation of the MLP.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+
+        Raises:
+            ValueError: A value is out of range, or the per-stage sequences differ in length.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        num_stages = len(depths)
+        num_heads = to_ntuple(num_stages)(num_heads)
+        mlp_ratios = to_ntuple(num_stages)(mlp_ratios)
+        for name, values in (('embed_dims', embed_dims), ('num_heads', num_heads), ('mlp_ratios', mlp_ratios)):
+            if len(values) != num_stages:
+                raise ValueError(f'{name}={tuple(values)} must have one entry per stage, as depths={tuple(depths)}.')
+        for name, values in (('depths', depths), ('embed_dims', embed_dims), ('mlp_ratios', mlp_ratios)):
+            if num_stages == 0 or min(values) <= 0:
+                raise ValueError(f'{name}={tuple(values)} must be positive.')
+        if in_chans < 1:
+            raise ValueError(f'in_chans={in_chans} must be positive.')
+        if num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} must not be negative.')
+        if patch_stride < 1:
+            raise ValueError(f'patch_stride={patch_stride} must be positive.')
+        if patch_size < patch_stride or patch_size % 2 == 0:
+            raise ValueError(f'patch_size={patch_size} must be odd and at least patch_stride={patch_stride}.')
+        _check_global_pool(global_pool)
+
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        attn_layer = get_attention_layer(attn_layer)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        self.patch_embed = PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd)
+        self.feature_info = []
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            attn_layers = [attn_layer(dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
+            stages.append(PyramidStage(
+                embed_dims[max(i - 1, 0)],
+                dim,
+                attn_layers,
+                downsample=i > 0,
+                mlp_ratio=mlp_ratios[i],
+                proj_drop=proj_drop_rate,
+                drop_path=drop_path[i],
+                act_layer=act_layer,
+                **dd,
+            ))
+            self.feature_info.append(dict(num_chs=dim, reduction=patch_stride * 2 ** i, module=f'stages.{i}'))
+        self.stages = nn.Sequential(*stages)
+
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all weights.
+
+        Args:
+            needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
+                needed after `to_empty()`.
+        """
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Linear):
+            trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=math.sqrt(2. / fan_out))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters'):
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters to exempt from weight decay, besides the biases and norms that timm exempts."""
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regular expressions that order the parameters from input to output, for layer-wise learning rates."""
+        return dict(
+            stem=r'^patch_embed',
+            blocks=r'^stages\.(\d+)' if coarse else [
+                (r'^stages\.(\d+)\.downsample', (0,)),
+                (r'^stages\.(\d+)\.blocks\.(\d+)', None),
+                (r'^stages\.(\d+)\.norm', (99999,)),
+            ],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or an identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes of the new one, 0 for none.
+            global_pool: 'avg' or '', None to keep the present pooling.
+
+        Raises:
+            ValueError: `num_classes` is negative or `global_pool` unsupported; the model is left as it was.
+        """
+        if num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} must not be negative.')
+        if global_pool is not None:
+            _check_global_pool(global_pool)
+            self.global_pool = global_pool
+        dd = get_device_dtype(self)
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._init_weights(self.head)
+        self.head.train(self.training)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that returns the maps of the stages.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Stages to return: the last n if int, all if None, else these.
+            norm: Without effect, every stage ends in its norm.
+            stop_early: Do not run the stages after the last one asked for.
+            output_fmt: 'NCHW' or 'NHWC'.
+            intermediates_only: Return the list of maps alone.
+
+        Returns:
+            The last map as (B, C, H, W) and the list of maps, or that list.
+        """
+        if output_fmt not in ('NCHW', 'NHWC'):
+            raise ValueError(f"Unsupported output_fmt '{output_fmt}', expected 'NCHW' or 'NHWC'.")
+        intermediates: List[torch.Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+
+        check_input(x, self.in_chans)
+        x = self.patch_embed(x)
+        for i, stage in enumerate(self.stages):
+            if not stop_early or i <= max_index:
+                x = stage(x)
+                if i in take_indices:
+                    intermediates.append(x.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else x)
+
+        if intermediates_only:
+            return intermediates
+        return x, intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the given intermediates do not need.
+
+        Args:
+            indices: Stages to keep: the last n if int, else these.
+            prune_norm: Without effect, the norm is part of a stage.
+            prune_head: Remove the classifier and pooling also where the last stage is kept.
+
+        Returns:
+            The indices of the kept intermediates.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        pruned = max_index < len(self.stages) - 1
+        self.stages = self.stages[:max_index + 1]
+        self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
+        if prune_head or pruned:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
+        check_input(x, self.in_chans)
+        x = self.patch_embed(x)
+        return self.stages(x)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify a map (B, num_features, H', W').
+
+        Args:
+            x: Map from `forward_features`.
+            pre_logits: Return the pooled features (B, num_features) instead of the logits.
+        """
+        if self.global_pool:
+            x = x.mean(dim=(2, 3))
+        x = self.head_drop(x)
+        if pre_logits:
+            return x
+        return self.head(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))

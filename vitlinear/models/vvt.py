@@ -1,0 +1,226 @@
+"""Vicinity Vision Transformer (VVT)
+
+Paper: 'Vicinity Vision Transformer', https://arxiv.org/abs/2206.10552, TPAMI 45(10):12635-12649, 2023
+
+A PVTv2-like pyramid whose attention is linear in pixels at every stage and favours near positions. Written from a
+description of the authors' released code, https://github.com/OpenNLPLab/Vicinity-Vision-Transformer, whose checkpoints
+load as they are. vvt_tiny, small, medium and large are the published variants; vvt_nano is ours, for small images.
+
+@article{sun2023vicinity,
+  title={Vicinity Vision Transformer},
+  author={Weixuan Sun and Zhen Qin and Hui Deng and Jianyuan Wang and Yi Zhang and Kaihao Zhang and Nick Barnes and
+    Stan Birchfield and Lingpeng Kong and Yiran Zhong},
+  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  volume={45}, number={10}, pages={12635-12649}, year={2023}
+}
+"""
+import logging
+import re
+from typing import Any, Callable, Dict, Sequence, Union
+
+import torch
+from torch import nn
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model
+
+from .._timm import build_model, bundled_weights
+from ._pyramid import Pyramid
+
+__all__ = ['VicinityVisionTransformer']
+
+_logger = logging.getLogger(__name__)
+
+
+class VicinityVisionTransformer(Pyramid):
+    """VVT: the shared pyramid around vicinity attention.
+
+    Paper: arXiv 2206.10552.
+    """
+
+    def __init__(
+            self,
+            embed_dims: Sequence[int] = (96, 160, 320, 512),
+            depths: Sequence[int] = (2, 2, 2, 2),
+            num_heads: Union[int, Sequence[int]] = (1, 2, 5, 8),
+            mlp_ratios: Union[float, Sequence[float]] = (8., 8., 4., 4.),
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'vicinity',
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            attn_layer: Mechanism by name, or a module class or factory.
+            kwargs: As for `Pyramid`; `attn_kwargs` holds options of the mechanism, such as `dict(locality='1d')`.
+        """
+        super().__init__(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            attn_layer=attn_layer,
+            **kwargs,
+        )
+
+
+def _depths(keys, pattern: str) -> Dict[int, int]:
+    """Blocks per stage, counted in state dict keys."""
+    found = [tuple(map(int, m.groups())) for m in (re.match(pattern, k) for k in keys) if m]
+    return {stage: 1 + max(block for s, block in found if s == stage) for stage, _ in found}
+
+
+def _remap(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Key names of the authors' code to ours; queries, keys and values become one projection."""
+    out = {}
+    for k, v in state_dict.items():
+        k = re.sub(r'^patch_embed1\.', 'patch_embed.', k)
+        k = re.sub(r'^patch_embed(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.downsample.', k)
+        k = re.sub(r'^block(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.blocks.', k)
+        k = re.sub(r'^norm(\d+)\.', lambda m: f'stages.{int(m[1]) - 1}.norm.', k)
+        k = k.replace('.attn.out_proj.', '.attn.proj.')
+        k = k.replace('.attn.se_fc.0.', '.attn.fpc.fc1.').replace('.attn.se_fc.2.', '.attn.fpc.fc2.')
+        k = k.replace('.mlp.dwconv.dwconv.', '.mlp.dwconv.')
+        out[k] = v
+    for k in [k for k in out if '.attn.q_proj.' in k]:
+        parts = [k.replace('q_proj', f'{p}_proj') for p in 'qkv']
+        missing = [p for p in parts if p not in out]
+        if missing:
+            raise ValueError(f'The checkpoint is incomplete: {missing[0]} is missing.')
+        out[k.replace('q_proj', 'qkv')] = torch.cat([out.pop(p) for p in parts])
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of the authors' code, or one of ours unchanged.
+
+    The authors' containers (`{'model': ...}`, keys that start with 'module.') are unwrapped. A classifier for another
+    number of classes than the model's is replaced by the model's own, with a warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+
+    Raises:
+        ValueError: The weights belong to another architecture or another variant.
+    """
+    for key in ('model', 'state_dict'):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    state_dict = {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
+    own = model.state_dict()
+    if 'patch_embed1.proj.weight' in state_dict:
+        state_dict = _remap(state_dict)
+    elif 'patch_embed.proj.weight' not in state_dict:
+        raise ValueError(
+            f'The checkpoint holds no {type(model).__name__} weights; '
+            f"its first entries are {', '.join(list(state_dict)[:3]) or 'none'}.")
+
+    pattern = r'stages\.(\d+)\.blocks\.(\d+)\.'
+    theirs, ours = _depths(state_dict, pattern), _depths(own, pattern)
+    if theirs != ours:
+        raise ValueError(
+            f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
+            f'the model has {list(ours.values())}.')
+    for k, v in state_dict.items():
+        if k in own and v.shape != own[k].shape and not k.startswith(('head.', 'patch_embed.proj.')):
+            raise ValueError(
+                f'The checkpoint is of another variant: {k} has shape {tuple(v.shape)}, '
+                f'the model expects {tuple(own[k].shape)}.')
+
+    if 'head.weight' in state_dict and 'head.weight' not in own:
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
+    elif 'head.weight' in state_dict and state_dict['head.weight'].shape != own['head.weight'].shape:
+        _logger.warning(
+            f"The checkpoint's head has {len(state_dict['head.weight'])} classes, the model {len(own['head.weight'])}: "
+            f'the head is not loaded.')
+        state_dict.update({k: v for k, v in own.items() if k.startswith('head.')})
+    return state_dict
+
+
+def _create_vvt(variant: str, pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        VicinityVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer',
+        'paper_ids': 'arXiv:2206.10552',
+        'paper_name': 'Vicinity Vision Transformer',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
+    'vvt_nano.fashion_mnist': _cfg(
+        file=bundled_weights('vvt_nano.fashion_mnist'),
+        num_classes=10,
+        input_size=(1, 32, 32),
+        pool_size=(2, 2),
+        crop_pct=1.0,
+        mean=(0.2860,),
+        std=(0.3530,),
+        origin_url=None,
+    ),
+    'vvt_nano.untrained*': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
+    'vvt_tiny.in1k': _cfg(),
+    'vvt_small.in1k': _cfg(),
+    'vvt_medium.in1k': _cfg(),
+    'vvt_large.in1k': _cfg(),
+})
+
+
+@register_model
+def vvt_nano(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    """VVT-Nano (ours), for images of 32 to 64 pixels."""
+    model_args = dict(
+        embed_dims=(32, 64, 128, 160), depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 5), mlp_ratios=(4., 4., 3., 2.),
+        patch_size=3, patch_stride=2, attn_kwargs=dict(fpc_reduction=4))
+    return _create_vvt('vvt_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def vvt_tiny(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    """VVT-Tiny; the authors train it with `drop_path_rate=0.1`."""
+    return _create_vvt('vvt_tiny', pretrained=pretrained, **dict(dict(depths=(2, 2, 2, 2)), **kwargs))
+
+
+@register_model
+def vvt_small(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    """VVT-Small; the authors train it with `drop_path_rate=0.3`."""
+    return _create_vvt('vvt_small', pretrained=pretrained, **dict(dict(depths=(3, 3, 9, 3)), **kwargs))
+
+
+@register_model
+def vvt_medium(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    """VVT-Medium; the authors train it with `drop_path_rate=0.3`."""
+    return _create_vvt('vvt_medium', pretrained=pretrained, **dict(dict(depths=(3, 3, 27, 3)), **kwargs))
+
+
+@register_model
+def vvt_large(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
+    """VVT-Large; the authors train it with `drop_path_rate=0.3`."""
+    model_args = dict(depths=(4, 4, 36, 4), mlp_ratios=4.)
+    return _create_vvt('vvt_large', pretrained=pretrained, **dict(model_args, **kwargs))
