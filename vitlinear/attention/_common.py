@@ -1,6 +1,4 @@
 """What several mechanisms need."""
-from typing import Tuple
-
 import torch
 
 
@@ -29,11 +27,10 @@ def use_bands(x: torch.Tensor) -> bool:
     )
 
 
-def split_heads(x: torch.Tensor, num_parts: int, num_heads: int) -> Tuple[torch.Tensor, ...]:
-    """Split a (B, H, W, num_parts * num_heads * d) map into `num_parts` of (B, num_heads, H, W, d)."""
+def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
+    """(B, H, W, num_heads * d) to (B, num_heads, H, W, d)."""
     B, H, W, C = x.shape
-    x = x.reshape(B, H, W, num_parts, num_heads, C // (num_parts * num_heads))
-    return x.permute(3, 0, 4, 1, 2, 5).unbind(0)
+    return x.reshape(B, H, W, num_heads, C // num_heads).permute(0, 3, 1, 2, 4)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:

@@ -32,41 +32,49 @@ SEPARABLE_FROM = 512
 BAND = 2 ** 18
 
 
-def _clamp_magnitude_(x: torch.Tensor) -> torch.Tensor:
+def _clamp_magnitude_(x: torch.Tensor, lower: float = CLAMP_MIN, upper: float = CLAMP_MAX) -> torch.Tensor:
     sign = x.sign()
-    return x.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
+    return x.abs_().clamp_(lower, upper).mul_(sign)
 
 
-def _clamp_magnitude_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
+def _clamp_magnitude_backward(
+        grad: torch.Tensor,
+        output: torch.Tensor,
+        lower: float = CLAMP_MIN,
+        upper: float = CLAMP_MAX,
+) -> torch.Tensor:
     """Gradient from the output alone: an entry that was not clamped lies strictly inside the bounds."""
-    return torch.ops.aten.hardtanh_backward(grad, output.abs(), CLAMP_MIN, CLAMP_MAX)
+    return torch.ops.aten.hardtanh_backward(grad, output.abs(), lower, upper)
 
 
 class _ClampMagnitude(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
-        x = _clamp_magnitude_(x.clone())
+    def forward(ctx, x: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
+        x = _clamp_magnitude_(x.clone(), lower, upper)
+        ctx.bounds = lower, upper
         ctx.save_for_backward(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
-        return _clamp_magnitude_backward(grad, *ctx.saved_tensors)
+    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
+        return _clamp_magnitude_backward(grad, ctx.saved_tensors[0], *ctx.bounds), None, None
 
 
-def clamp_magnitude(x: torch.Tensor) -> torch.Tensor:
-    """`sign(x) * clamp(|x|, 1e-4, 1e4)` (authors' code): zero stays zero, the gradient is 0 outside the bounds.
+def clamp_magnitude(x: torch.Tensor, lower: float = CLAMP_MIN, upper: float = CLAMP_MAX) -> torch.Tensor:
+    """`sign(x) * clamp(|x|, lower, upper)`: zero stays zero, the gradient is 0 outside the bounds.
 
     Args:
         x: Any shape.
+        lower: Smallest magnitude of a non-zero entry, the default as in the authors' code.
+        upper: Largest magnitude, likewise.
 
     Returns:
         Tensor like `x`. Training keeps the output only, not the intermediates of the formula.
     """
     if torch.jit.is_scripting():
-        return x.abs().clamp(CLAMP_MIN, CLAMP_MAX) * x.sign()
-    return _ClampMagnitude.apply(x)
+        return x.abs().clamp(lower, upper) * x.sign()
+    return _ClampMagnitude.apply(x, lower, upper)
 
 
 def _angle_table(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -88,11 +96,17 @@ def _position_features(H: int, W: int, locality: str, like: torch.Tensor) -> tor
     return torch.cat([rows, columns]).reshape(4, 1, H * W)
 
 
-def _normalise(numerator: torch.Tensor, denominator: torch.Tensor, clamp: bool, eps: float) -> torch.Tensor:
+def _normalise(
+        numerator: torch.Tensor,
+        denominator: torch.Tensor,
+        clamp: bool,
+        eps: float,
+        upper: float = CLAMP_MAX,
+) -> torch.Tensor:
     if not clamp:
         return numerator / (denominator + eps)
     # the authors clamp the reciprocal; as the denominator is >= 0, capping it is the same
-    return clamp_magnitude(clamp_magnitude(numerator) / (denominator + eps).clamp(max=CLAMP_MAX))
+    return clamp_magnitude(clamp_magnitude(numerator) / (denominator + eps).clamp(max=upper))
 
 
 def _weighted(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -223,8 +237,9 @@ def _vicinity_attention(
     if dtype != torch.float64:
         q, k, v = q.float(), k.float(), v.float()
     B, heads, H, W, _ = q.shape
-    if locality == '2d' and (impl == 'separable' or (impl == 'auto' and H * W >= SEPARABLE_FROM)):
-        return _by_axes(q, k, v, clamp, eps).to(dtype)
+    if not torch.jit.is_scripting():
+        if locality == '2d' and (impl == 'separable' or (impl == 'auto' and H * W >= SEPARABLE_FROM)):
+            return _by_axes(q, k, v, clamp, eps).to(dtype)
     features = _position_features(H, W, locality, q)
     # positions last: the factors vary along the innermost axis then, and the elementwise passes stay vectorised
     q, k, v = [x.flatten(2, 3).transpose(-2, -1).contiguous() for x in (q, k, v)]
@@ -352,16 +367,16 @@ class VicinityAttention(nn.Module):
             if self.impl == 'auto' and x.shape[1] * x.shape[2] >= SEPARABLE_FROM and use_bands(x):
                 return self._forward_bands(x)
         qk, v = self.qkv(x).split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
-        q, k = split_heads(F.relu(qk), 2, self.num_heads)
-        v = split_heads(v, 1, self.num_heads)[0]
+        q, k = F.relu(qk).chunk(2, dim=-1)
+        q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
         out = vicinity_attention(q, k, v, self.locality, self.clamp, self.eps, self.impl)
         return self._gate(self.proj(merge_heads(out)), 1 + self.fpc(x))
 
-    def _gate(self, x: torch.Tensor, gate: torch.Tensor) -> torch.Tensor:
+    def _gate(self, x: torch.Tensor, gate: torch.Tensor, upper: float = CLAMP_MAX) -> torch.Tensor:
         if not self.clamp:
             return x * gate
         # after the gate only the upper bound can be met: |x| >= 1e-4 or x = 0 before, and the gate exceeds 1
-        return (clamp_magnitude(x) * gate).clamp(-CLAMP_MAX, CLAMP_MAX)
+        return (clamp_magnitude(x) * gate).clamp(-upper, upper)
 
     def _forward_bands(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` in two passes over bands of rows, one for keys and values, one for queries.

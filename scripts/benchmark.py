@@ -1,0 +1,186 @@
+#!/usr/bin/env python3
+"""Speed and memory of models side by side, on this machine.
+
+    scripts/benchmark.py latency vvt_small swin_tiny_patch4_window7_224 --sizes 224 1024 --batches 1 4 --dtypes fp32 bf16
+    scripts/benchmark.py scaling vvt_small --sizes 512 1024 2048 4096 --dtypes bf16
+
+`latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so that
+a noisy machine disturbs all alike. `scaling` runs one forward pass of one image for each size in a process of its own,
+and reports its peak resident memory and the exponents of time and memory against pixels. Nothing else should be running.
+--keep-memory sets glibc's allocator to keep freed memory instead of returning it to the kernel; --also PATH:MODULE:NAME
+adds a model function of a module that timm does not know, from the folder PATH.
+"""
+import argparse
+import csv
+import importlib
+import json
+import math
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+KEEP_MEMORY = {
+    'MALLOC_MMAP_THRESHOLD_': '4294967296', 'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456'}
+FIELDS = ['model', 'size', 'batch', 'dtype', 'mode', 'threads', 'allocator', 'median_ms', 'p25_ms', 'p75_ms', 'rounds',
+          'ms_per_image', 'peak_mib', 'cpu', 'torch', 'timm', 'vitlinear']
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('what', choices=('latency', 'scaling', 'point'), help=argparse.SUPPRESS)
+    parser.add_argument('models', nargs='+')
+    parser.add_argument('--sizes', type=int, nargs='+', default=[224])
+    parser.add_argument('--batches', type=int, nargs='+', default=[1])
+    parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=('fp32', 'bf16'))
+    parser.add_argument('--train', action='store_true', help='time a training step (forward and backward) instead')
+    parser.add_argument('--threads', type=int, default=os.cpu_count())
+    parser.add_argument('--rounds', type=int, default=11, help='timed passes of each model, after two untimed ones')
+    parser.add_argument('--keep-memory', action='store_true')
+    parser.add_argument('--also', nargs='+', default=[], metavar='PATH:MODULE:NAME')
+    parser.add_argument('--out', help='CSV file to append to')
+    return parser.parse_args()
+
+
+def facts(args: argparse.Namespace) -> dict:
+    import timm
+    import torch
+    import vitlinear
+    cpu = platform.processor()
+    if os.path.exists('/proc/cpuinfo'):
+        with open('/proc/cpuinfo') as f:
+            info = dict(line.split(':', 1) for line in f.read().split('\n\n')[0].splitlines() if ':' in line)
+        info = {k.strip(): v.strip() for k, v in info.items()}
+        flags = [f for f in ('avx512f', 'avx512_bf16', 'amx_bf16') if f in info.get('flags', '').split()]
+        cpu = f"{info.get('model name')} family {info.get('cpu family')} model {info.get('model')} {' '.join(flags)}"
+    return dict(
+        threads=args.threads, allocator='kept' if args.keep_memory else 'default', cpu=cpu,
+        mode='train' if args.train else 'infer', torch=torch.__version__, timm=timm.__version__,
+        vitlinear=vitlinear.__version__)
+
+
+def make_step(name: str, size: int, batch: int, dtype: str, args: argparse.Namespace):
+    """A function that runs one pass of a model."""
+    import timm
+    import torch
+    import vitlinear  # noqa: F401
+    if name.count(':') == 2:
+        path, module, function = name.split(':')
+        if path not in sys.path:
+            sys.path.insert(0, path)
+        model = getattr(importlib.import_module(module), function)()
+    else:
+        fixed = timm.get_pretrained_cfg_value(name, 'fixed_input_size')
+        model = timm.create_model(name, **(dict(img_size=size) if fixed else {}))
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+    x = torch.randn(batch, 3, size, size)
+
+    if args.train:
+        model.train()
+        target = torch.randint(0, 1000, (batch,))
+
+        def step():
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                loss = torch.nn.functional.cross_entropy(model(x).float(), target)
+            model.zero_grad()
+            loss.backward()
+    else:
+        model.eval().to(dtype)
+        x = x.to(dtype)
+
+        def step():
+            with torch.inference_mode():
+                model(x)
+    return step
+
+
+def emit(row: dict, out: str) -> None:
+    row = {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in row.items()}
+    print('  '.join(f'{k}={row[k]}' for k in FIELDS[:5] + FIELDS[7:10] + ['peak_mib'] if k in row), flush=True)
+    if out:
+        new = not os.path.exists(out)
+        with open(out, 'a', newline='') as f:
+            writer = csv.DictWriter(f, FIELDS, restval='')
+            if new:
+                writer.writeheader()
+            writer.writerow(row)
+
+
+def latency(args: argparse.Namespace) -> None:
+    common = facts(args)
+    for size in args.sizes:
+        for batch in args.batches:
+            for dtype in args.dtypes:
+                steps = {name: make_step(name, size, batch, dtype, args) for name in args.models + args.also}
+                times = {name: [] for name in steps}
+                for i in range(args.rounds + 2):
+                    for name, step in steps.items():
+                        start = time.perf_counter()
+                        step()
+                        if i >= 2:
+                            times[name].append(1e3 * (time.perf_counter() - start))
+                for name, ms in times.items():
+                    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+                    emit(dict(
+                        common, model=name.rpartition(':')[0].rpartition(':')[2] + ':' + name.rpartition(':')[2]
+                        if ':' in name else name, size=size, batch=batch, dtype=dtype, median_ms=median, p25_ms=low,
+                        p75_ms=high, rounds=len(ms), ms_per_image=median / batch), args.out)
+
+
+def point(args: argparse.Namespace) -> None:
+    """One size in this process: the median time, and the peak memory above what the interpreter and model take."""
+    step = make_step(args.models[0], args.sizes[0], args.batches[0], args.dtypes[0], args)
+    ms = []
+    for _ in range(args.rounds + 1):
+        start = time.perf_counter()
+        step()
+        ms.append(1e3 * (time.perf_counter() - start))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    print(json.dumps(dict(ms=ms[1:] or ms, peak_mib=peak)))
+
+
+def scaling(args: argparse.Namespace) -> None:
+    common = facts(args)
+    for name in args.models + args.also:
+        for dtype in args.dtypes:
+            measured = []
+            for size in args.sizes:
+                rounds = max(1, args.rounds * 512 ** 2 // size ** 2)
+                command = [sys.executable, __file__, 'point', name, '--sizes', str(size), '--dtypes', dtype, '--rounds',
+                           str(rounds), '--threads', str(args.threads)] + ['--train'] * args.train
+                run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+                if run.returncode:
+                    print(f'{name} {dtype} {size}: failed with exit code {run.returncode}', flush=True)
+                    continue
+                result = json.loads(run.stdout.splitlines()[-1])
+                median = statistics.median(result['ms'])
+                measured.append((size, median, result['peak_mib']))
+                emit(dict(common, model=name, size=size, batch=1, dtype=dtype, median_ms=median,
+                          p25_ms=min(result['ms']), p75_ms=max(result['ms']), rounds=len(result['ms']),
+                          ms_per_image=median, peak_mib=result['peak_mib']), args.out)
+            if len(measured) > 1:
+                print(f'{name} {dtype}: exponent against pixels from {measured[0][0]} to {measured[-1][0]} px: '
+                      f'time {exponent(measured, 1):.3f}, peak memory {exponent(measured, 2):.3f}', flush=True)
+
+
+def exponent(measured, column: int) -> float:
+    """Slope of the least-squares line through (log pixels, log value)."""
+    xs, ys = [2 * math.log(m[0]) for m in measured], [math.log(m[column]) for m in measured]
+    mean_x, mean_y = statistics.fmean(xs), statistics.fmean(ys)
+    return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
+
+
+def main() -> None:
+    args = parse_args()
+    if args.keep_memory and any(os.environ.get(k) != v for k, v in KEEP_MEMORY.items()):
+        os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ, **KEEP_MEMORY))
+    import torch
+    torch.set_num_threads(args.threads)
+    dict(latency=latency, scaling=scaling, point=point)[args.what](args)
+
+
+if __name__ == '__main__':
+    main()
