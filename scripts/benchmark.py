@@ -1,14 +1,14 @@
 #!/usr/bin/env python3
 """Speed and memory of models side by side, on this machine.
 
-    scripts/benchmark.py latency vvt_small swin_tiny_patch4_window7_224 --sizes 224 1024 --batches 1 4 --dtypes fp32 bf16
+    scripts/benchmark.py latency vvt_small convnext_tiny --sizes 224 1024 --batches 1 4 --dtypes fp32 bf16
     scripts/benchmark.py scaling vvt_small --sizes 512 1024 2048 4096 --dtypes bf16
 
-`latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so that
-a noisy machine disturbs all alike. `scaling` runs one forward pass of one image for each size in a process of its own,
-and reports its peak resident memory and the exponents of time and memory against pixels. Nothing else should be running.
---keep-memory sets glibc's allocator to keep freed memory instead of returning it to the kernel; --also PATH:MODULE:NAME
-adds a model function of a module that timm does not know, from the folder PATH.
+`latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so
+that a noisy machine disturbs all alike. `scaling` runs one image of each size in a process of its own, and reports the
+peak resident memory of that process and the exponents of time and memory against pixels. Nothing else should be
+running. --keep-memory makes glibc's allocator keep freed memory instead of returning it to the kernel; --also
+PATH:MODULE:NAME adds the model function NAME of a module in the folder PATH that timm does not know.
 """
 import argparse
 import csv

@@ -55,7 +55,7 @@ def _read_weights(path: Union[str, os.PathLike]) -> Dict[str, Any]:
         # timm loads with weights_only=True and lets argparse.Namespace, a plain bag of options, through
         state_dict = load_state_dict(str(path))
     except Exception as e:
-        if 'non-allowlisted pickle globals' in str(e):
+        if 'Unsupported global' in str(e.__cause__):
             raise ValueError(
                 f"'{path}' holds pickled Python objects besides tensors and plain options; they are never run here. "
                 f"If you trust the file, load it with torch.load('{path}', weights_only=False) in a session of your "

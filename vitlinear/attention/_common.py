@@ -13,18 +13,18 @@ def check_heads(dim: int, num_heads: int, name: str = 'dim') -> int:
     return dim // num_heads
 
 
+def is_eager() -> bool:
+    """Whether the code runs as written, so that it may choose by the size of a map; not for TorchScript."""
+    return not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+
+
 def use_bands(x: torch.Tensor) -> bool:
     """Whether to evaluate a large map in bands of rows that fit the caches, instead of at once.
 
     That needs a loop over the size of the map, so it is for eager inference on a CPU: neither autograd nor a tracer or
     compiler sees it. Where memory traffic and page faults dominate, it is several times faster.
     """
-    return (
-        x.device.type == 'cpu'
-        and not torch.is_grad_enabled()
-        and not torch.jit.is_tracing()
-        and not torch.compiler.is_compiling()
-    )
+    return x.device.type == 'cpu' and not torch.is_grad_enabled() and is_eager()
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -7,18 +7,17 @@ The weight of key j for query i is
     w_ij = (q_i . k_j) [cos(a_i - a_j) + cos(b_i - b_j)],   a = (pi/2) row / H,   b = (pi/2) column / W,
 
 with q and k rectified, so that every weight is >= 0. Since cos(a_i - a_j) = cos a_i cos a_j + sin a_i sin a_j, the
-weight is the dot product of `[u cos a, u sin a, u cos b, u sin b]` for u = q_i and u = k_j, and the sum over keys can be
-taken before it meets the queries. The paper speaks of the Manhattan distance; this sum of two cosines is what the
+weight is the dot product of `[u cos a, u sin a, u cos b, u sin b]` for u = q_i and u = k_j, and the sum over keys can
+be taken before it meets the queries. The paper speaks of the Manhattan distance; this sum of two cosines is what the
 authors' released code computes, and what its weights were trained with.
 """
 import math
-from typing import Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import check_heads, merge_heads, split_heads, use_bands
+from ._common import check_heads, is_eager, merge_heads, split_heads, use_bands
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 IMPLEMENTATIONS = ('auto', 'separable', 'features')
@@ -32,49 +31,52 @@ SEPARABLE_FROM = 512
 BAND = 2 ** 18
 
 
-def _clamp_magnitude_(x: torch.Tensor, lower: float = CLAMP_MIN, upper: float = CLAMP_MAX) -> torch.Tensor:
+def _clamp_magnitude_(x: torch.Tensor) -> torch.Tensor:
     sign = x.sign()
-    return x.abs_().clamp_(lower, upper).mul_(sign)
+    return x.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
 
 
-def _clamp_magnitude_backward(
-        grad: torch.Tensor,
-        output: torch.Tensor,
-        lower: float = CLAMP_MIN,
-        upper: float = CLAMP_MAX,
-) -> torch.Tensor:
+# The bounds as each dtype holds them: 1e-4 is no half precision number.
+_BOUNDS = {
+    dtype: tuple(torch.tensor([CLAMP_MIN, CLAMP_MAX], dtype=dtype).tolist())
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+}
+
+
+def _clamp_magnitude_backward(grad: torch.Tensor, output: torch.Tensor) -> torch.Tensor:
     """Gradient from the output alone: an entry that was not clamped lies strictly inside the bounds."""
-    return torch.ops.aten.hardtanh_backward(grad, output.abs(), lower, upper)
+    return torch.ops.aten.hardtanh_backward(grad, output.abs(), *_BOUNDS[output.dtype])
 
 
 class _ClampMagnitude(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, lower: float, upper: float) -> torch.Tensor:
-        x = _clamp_magnitude_(x.clone(), lower, upper)
-        ctx.bounds = lower, upper
+    def forward(ctx, x: torch.Tensor) -> torch.Tensor:
+        x = _clamp_magnitude_(x.clone())
         ctx.save_for_backward(x)
         return x
 
     @staticmethod
-    def backward(ctx, grad: torch.Tensor) -> Tuple[torch.Tensor, None, None]:
-        return _clamp_magnitude_backward(grad, ctx.saved_tensors[0], *ctx.bounds), None, None
+    def backward(ctx, grad: torch.Tensor) -> torch.Tensor:
+        return _clamp_magnitude_backward(grad, *ctx.saved_tensors)
 
 
-def clamp_magnitude(x: torch.Tensor, lower: float = CLAMP_MIN, upper: float = CLAMP_MAX) -> torch.Tensor:
-    """`sign(x) * clamp(|x|, lower, upper)`: zero stays zero, the gradient is 0 outside the bounds.
+def _scriptable_clamp(x: torch.Tensor, lower: float = CLAMP_MIN, upper: float = CLAMP_MAX) -> torch.Tensor:
+    return x.abs().clamp(lower, upper) * x.sign()
+
+
+def clamp_magnitude(x: torch.Tensor) -> torch.Tensor:
+    """`sign(x) * clamp(|x|, 1e-4, 1e4)` (authors' code): zero stays zero, the gradient is 0 from the bounds on.
 
     Args:
         x: Any shape.
-        lower: Smallest magnitude of a non-zero entry, the default as in the authors' code.
-        upper: Largest magnitude, likewise.
 
     Returns:
         Tensor like `x`. Training keeps the output only, not the intermediates of the formula.
     """
     if torch.jit.is_scripting():
-        return x.abs().clamp(lower, upper) * x.sign()
-    return _ClampMagnitude.apply(x, lower, upper)
+        return _scriptable_clamp(x)
+    return _ClampMagnitude.apply(x)
 
 
 def _angle_table(size: int, like: torch.Tensor) -> torch.Tensor:
@@ -238,7 +240,8 @@ def _vicinity_attention(
         q, k, v = q.float(), k.float(), v.float()
     B, heads, H, W, _ = q.shape
     if not torch.jit.is_scripting():
-        if locality == '2d' and (impl == 'separable' or (impl == 'auto' and H * W >= SEPARABLE_FROM)):
+        # by size in eager mode only: graphs that are traced or exported shall hold for every size
+        if impl == 'separable' or (impl == 'auto' and locality == '2d' and is_eager() and H * W >= SEPARABLE_FROM):
             return _by_axes(q, k, v, clamp, eps).to(dtype)
     features = _position_features(H, W, locality, q)
     # positions last: the factors vary along the innermost axis then, and the elementwise passes stay vectorised
@@ -248,6 +251,15 @@ def _vicinity_attention(
     else:
         out = _ByFeatures.apply(q, k, v, features, clamp, eps)
     return out.transpose(-2, -1).unflatten(2, [H, W]).to(dtype)
+
+
+def _check_options(locality: str, impl: str) -> None:
+    if locality not in LOCALITIES:
+        raise ValueError(f"Unknown locality '{locality}', expected one of {', '.join(LOCALITIES)}.")
+    if impl not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown impl '{impl}', expected one of {', '.join(IMPLEMENTATIONS)}.")
+    if impl == 'separable' and locality != '2d':
+        raise ValueError(f"impl='separable' evaluates locality '2d' only, not '{locality}'.")
 
 
 def vicinity_attention(
@@ -276,7 +288,12 @@ def vicinity_attention(
 
     Returns:
         (B, heads, H, W, e) in the dtype of `v`.
+
+    Raises:
+        ValueError: `locality` or `impl` is unknown, or the two do not go together.
     """
+    if not torch.jit.is_scripting():
+        _check_options(locality, impl)
     if not torch.jit.is_scripting() and q.device.type != 'meta':
         with torch.autocast(device_type=q.device.type, enabled=False):
             return _vicinity_attention(q, k, v, locality, clamp, eps, impl)
@@ -343,12 +360,7 @@ class VicinityAttention(nn.Module):
             raise ValueError(f'dim={dim} must be a multiple of feature_reduction={feature_reduction}.')
         if fpc_reduction < 1 or dim // fpc_reduction < 1:
             raise ValueError(f'fpc_reduction={fpc_reduction} must lie between 1 and dim={dim}.')
-        if locality not in LOCALITIES:
-            raise ValueError(f"Unknown locality '{locality}', expected one of {', '.join(LOCALITIES)}.")
-        if impl not in IMPLEMENTATIONS:
-            raise ValueError(f"Unknown impl '{impl}', expected one of {', '.join(IMPLEMENTATIONS)}.")
-        if impl == 'separable' and locality != '2d':
-            raise ValueError(f"impl='separable' evaluates locality '2d' only, not '{locality}'.")
+        _check_options(locality, impl)
         self.reduced_dim = dim // feature_reduction
         check_heads(self.reduced_dim, num_heads, f'dim / feature_reduction = {dim} / {feature_reduction}')
         self.num_heads = num_heads
@@ -364,7 +376,7 @@ class VicinityAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if self.impl == 'auto' and x.shape[1] * x.shape[2] >= SEPARABLE_FROM and use_bands(x):
+            if self.impl == 'auto' and use_bands(x) and x.shape[1] * x.shape[2] >= SEPARABLE_FROM:
                 return self._forward_bands(x)
         qk, v = self.qkv(x).split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
         q, k = F.relu(qk).chunk(2, dim=-1)

@@ -11,7 +11,7 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Ty
 import torch
 import torch.nn as nn
 
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_ntuple, trunc_normal_
+from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
 from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
 from ..attention import ATTENTION_LAYERS, get_attention_layer
@@ -28,6 +28,9 @@ for _layer in ATTENTION_LAYERS.values():
 @register_notrace_function
 def check_input(x: torch.Tensor, in_chans: int) -> None:
     """Raise ValueError unless `x` is a non-empty (B, in_chans, H, W) batch."""
+    if not torch.jit.is_scripting():
+        if torch.jit.is_tracing():
+            return  # sizes are tensors then, and what was checked would not be part of the graph
     if x.ndim != 4:
         raise ValueError(f'Expected a (B, {in_chans}, H, W) batch of images, got {x.ndim} dimensions.')
     if x.shape[1] != in_chans:
@@ -65,7 +68,7 @@ class ConvMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if x.shape[0] * x.shape[1] * x.shape[2] * self.fc1.out_features > 2 * MLP_BAND and use_bands(x):
+            if use_bands(x) and x[..., 0].numel() * self.fc1.out_features > 2 * MLP_BAND:
                 return self._forward_bands(x)
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.drop1(self.act(x))
@@ -252,6 +255,11 @@ class Pyramid(nn.Module):
         for name, values in (('depths', depths), ('embed_dims', embed_dims), ('mlp_ratios', mlp_ratios)):
             if num_stages == 0 or min(values) <= 0:
                 raise ValueError(f'{name}={tuple(values)} must be positive.')
+        for dim, ratio in zip(embed_dims, mlp_ratios):
+            if int(dim * ratio) < 1:
+                raise ValueError(f'mlp_ratios={tuple(mlp_ratios)} leave no hidden channel at embed_dims={dim}.')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
         if in_chans < 1:
             raise ValueError(f'in_chans={in_chans} must be positive.')
         if num_classes < 0:
@@ -305,7 +313,7 @@ class Pyramid(nn.Module):
 
     def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
         if isinstance(m, nn.Linear):
-            trunc_normal_(m.weight, std=.02)
+            nn.init.trunc_normal_(m.weight, std=.02)  # timm's gives weights of 2 in half precision
             if m.bias is not None:
                 nn.init.zeros_(m.bias)
         elif isinstance(m, nn.Conv2d):

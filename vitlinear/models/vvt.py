@@ -16,7 +16,7 @@ load as they are. vvt_tiny, small, medium and large are the published variants; 
 """
 import logging
 import re
-from typing import Any, Callable, Dict, Sequence, Union
+from typing import Any, Callable, Dict, Optional, Sequence, Union
 
 import torch
 from torch import nn
@@ -45,6 +45,8 @@ class VicinityVisionTransformer(Pyramid):
             num_heads: Union[int, Sequence[int]] = (1, 2, 5, 8),
             mlp_ratios: Union[float, Sequence[float]] = (8., 8., 4., 4.),
             attn_layer: Union[str, Callable[..., nn.Module]] = 'vicinity',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            fpc_reduction: int = 1,
             **kwargs: Any,
     ):
         """
@@ -54,14 +56,19 @@ class VicinityVisionTransformer(Pyramid):
             num_heads: Attention heads of each stage.
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             attn_layer: Mechanism by name, or a module class or factory.
-            kwargs: As for `Pyramid`; `attn_kwargs` holds options of the mechanism, such as `dict(locality='1d')`.
+            attn_kwargs: Further arguments of the mechanism, such as `dict(locality='1d')`.
+            fpc_reduction: Hidden reduction of the channel gate of vicinity attention, without effect on others.
+            kwargs: As for `Pyramid`.
         """
+        if attn_layer == 'vicinity':
+            attn_kwargs = dict(dict(fpc_reduction=fpc_reduction), **(attn_kwargs or {}))
         super().__init__(
             embed_dims=embed_dims,
             depths=depths,
             num_heads=num_heads,
             mlp_ratios=mlp_ratios,
             attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs,
             **kwargs,
         )
 
@@ -86,10 +93,8 @@ def _remap(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         out[k] = v
     for k in [k for k in out if '.attn.q_proj.' in k]:
         parts = [k.replace('q_proj', f'{p}_proj') for p in 'qkv']
-        missing = [p for p in parts if p not in out]
-        if missing:
-            raise ValueError(f'The checkpoint is incomplete: {missing[0]} is missing.')
-        out[k.replace('q_proj', 'qkv')] = torch.cat([out.pop(p) for p in parts])
+        if all(p in out for p in parts):
+            out[k.replace('q_proj', 'qkv')] = torch.cat([out.pop(p) for p in parts])
     return out
 
 
@@ -104,7 +109,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         model: The model to load them into.
 
     Raises:
-        ValueError: The weights belong to another architecture or another variant.
+        ValueError: The weights belong to another architecture or another variant, or some are missing.
     """
     for key in ('model', 'state_dict'):
         if isinstance(state_dict.get(key), dict):
@@ -124,6 +129,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         raise ValueError(
             f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
             f'the model has {list(ours.values())}.')
+    missing = [k for k in own if k not in state_dict and not k.startswith('head.')]
+    if missing:
+        raise ValueError(f"The checkpoint is incomplete: {', '.join(missing[:3])} are among the weights it lacks.")
     for k, v in state_dict.items():
         if k in own and v.shape != own[k].shape and not k.startswith(('head.', 'patch_embed.proj.')):
             raise ValueError(
@@ -197,7 +205,7 @@ def vvt_nano(pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransform
     """VVT-Nano (ours), for images of 32 to 64 pixels."""
     model_args = dict(
         embed_dims=(32, 64, 128, 160), depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 5), mlp_ratios=(4., 4., 3., 2.),
-        patch_size=3, patch_stride=2, attn_kwargs=dict(fpc_reduction=4))
+        patch_size=3, patch_stride=2, fpc_reduction=4)
     return _create_vvt('vvt_nano', pretrained=pretrained, **dict(model_args, **kwargs))
 
 

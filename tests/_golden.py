@@ -1,0 +1,60 @@
+"""Numbers made with the authors' code, and the names of their parameters."""
+import json
+import re
+from functools import lru_cache
+from pathlib import Path
+from typing import Dict, Tuple
+
+import torch
+from safetensors.torch import load_file
+
+VVT = Path(__file__).parent / 'golden' / 'vvt'
+
+
+@lru_cache(maxsize=None)
+def vvt_tensors() -> Dict[str, torch.Tensor]:
+    """Parameters, inputs, outputs, cotangents and gradients by `<case>/...`."""
+    return {**load_file(VVT / 'golden.safetensors'), **load_file(VVT / 'golden_grads.safetensors')}
+
+
+@lru_cache(maxsize=None)
+def vvt_facts() -> Dict:
+    return json.loads((VVT / 'golden.json').read_text())
+
+
+@lru_cache(maxsize=None)
+def vvt_state_shapes() -> Dict:
+    return json.loads((VVT / 'state_shapes.json').read_text())['variants']
+
+
+def part(case: str, what: str) -> Dict[str, torch.Tensor]:
+    """The tensors of `<case>/<what>/<key>` by key, in the file's order."""
+    prefix = f'{case}/{what}/'
+    return {k[len(prefix):]: v for k, v in vvt_tensors().items() if k.startswith(prefix)}
+
+
+def authors_key(key: str) -> str:
+    """Our parameter name, other than of a fused projection, as the authors call it."""
+    key = re.sub(r'^patch_embed\.', 'patch_embed1.', key)
+    key = re.sub(r'^stages\.(\d+)\.downsample\.', lambda m: f'patch_embed{int(m[1]) + 1}.', key)
+    key = re.sub(r'^stages\.(\d+)\.blocks\.', lambda m: f'block{int(m[1]) + 1}.', key)
+    key = re.sub(r'^stages\.(\d+)\.norm\.', lambda m: f'norm{int(m[1]) + 1}.', key)
+    key = key.replace('.attn.proj.', '.attn.out_proj.').replace('.mlp.dwconv.', '.mlp.dwconv.dwconv.')
+    return key.replace('.attn.fpc.fc1.', '.attn.se_fc.0.').replace('.attn.fpc.fc2.', '.attn.se_fc.2.')
+
+
+def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Our state dict under the authors' names."""
+    out = {}
+    for key, value in state_dict.items():
+        if '.attn.qkv.' in key:
+            for name, chunk in zip('qkv', value.chunk(3)):
+                out[authors_key(key.replace('.qkv.', f'.{name}_proj.'))] = chunk.clone()
+        else:
+            out[authors_key(key)] = value
+    return out
+
+
+def grid(case: str) -> Tuple[int, int]:
+    facts = vvt_facts()['cases'][case]
+    return facts['H'], facts['W']

@@ -1,0 +1,592 @@
+"""The timm contract of the shared pyramid where timm's own suite does not look."""
+import copy
+import logging
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.data import resolve_data_config
+from timm.models import create_feature_extractor
+from timm.optim import create_optimizer_v2
+from timm.optim._param_groups import param_groups_layer_decay
+from torch import nn
+
+import vitlinear  # noqa: F401
+from vitlinear.attention import ATTENTION_LAYERS
+from vitlinear.models import _pyramid
+
+MECHANISMS = sorted(ATTENTION_LAYERS)
+# where a compiler takes its time: still a block and a downsampling of each kind
+TWO_STAGES = dict(embed_dims=(16, 32), depths=(1, 1), num_heads=(1, 2), mlp_ratios=(3., 2.))
+CLOSE = dict(rtol=1e-4, atol=1e-5)
+
+
+def create(seed: int = 0, **kwargs) -> nn.Module:
+    """vvt_nano with weights large enough to make every part count."""
+    torch.manual_seed(seed)
+    if kwargs.get('attn_layer', 'vicinity') != 'vicinity':
+        kwargs.setdefault('attn_kwargs', {})
+    model = timm.create_model('vvt_nano', **{'num_classes': 10, **kwargs})
+    for name, p in model.named_parameters():
+        if p.ndim == 1:
+            nn.init.normal_(p, mean=1. if 'norm' in name and name.endswith('weight') else 0., std=.1)
+        else:
+            nn.init.normal_(p, std=p[0].numel() ** -.5)
+    return model.eval()
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.fixture(scope='module')
+def model() -> nn.Module:
+    """For tests that leave it as it is."""
+    return create()
+
+
+# training
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_checkpointing_recomputes(attn_layer: str):
+    """Each block runs twice with it, once without; the gradients are the same."""
+    model = create(attn_layer=attn_layer).train()
+    calls = [0]
+    for stage in model.stages:
+        for block in stage.blocks:
+            block.norm2.register_forward_hook(lambda *args: calls.__setitem__(0, calls[0] + 1))
+    blocks = sum(len(stage.blocks) for stage in model.stages)
+    x, grads = images(2, 3, 32, 48), []
+    for enable, runs in ((False, 1), (True, 2), (False, 1)):
+        model.set_grad_checkpointing(enable)
+        model.zero_grad()
+        calls[0] = 0
+        model(x).square().sum().backward()
+        assert calls[0] == runs * blocks
+        grads.append([p.grad.clone() for p in model.parameters()])
+    for other in grads[1:]:
+        assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(grads[0], other))
+
+
+def test_checkpointing_saves_memory():
+    def saved(enable: bool) -> int:
+        model = create().train()
+        model.set_grad_checkpointing(enable)
+        sizes = {}
+        with torch.autograd.graph.saved_tensors_hooks(
+                lambda t: sizes.__setitem__(t.untyped_storage().data_ptr(), t.untyped_storage()) or t, lambda t: t):
+            loss = model(images(2, 3, 64, 64)).sum()
+        assert loss.requires_grad
+        parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        return sum(s.nbytes() for ptr, s in sizes.items() if ptr not in parameters)
+
+    assert saved(True) < saved(False) / 4
+
+
+def test_drop_path_rate_reaches_blocks():
+    model = timm.create_model('vvt_nano', drop_path_rate=.2)
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    for branch in ('drop_path1', 'drop_path2'):
+        rates = [getattr(getattr(block, branch), 'drop_prob', 0.) for block in blocks]
+        assert rates == pytest.approx([.2 * i / (len(blocks) - 1) for i in range(len(blocks))])
+
+    # at 1 for every block, training is the pyramid without blocks
+    model = create(drop_path_rate=.5).train()
+    for block in (block for stage in model.stages for block in stage.blocks):
+        block.drop_path1 = block.drop_path2 = timm.layers.DropPath(1., scale_by_keep=False)
+    dropped = model(images(2, 3, 32, 32))
+    for stage in model.stages:
+        stage.blocks = nn.ModuleList()
+    torch.testing.assert_close(dropped, model(images(2, 3, 32, 32)))
+
+
+def test_dropout_reaches_blocks_and_head():
+    model = timm.create_model('vvt_nano', drop_rate=.3, proj_drop_rate=.2)
+    assert model.head_drop.p == .3
+    rates = [m.p for stage in model.stages for m in stage.modules() if isinstance(m, nn.Dropout)]
+    assert set(rates) == {.2} and len(rates) == 2 * sum(len(stage.blocks) for stage in model.stages)
+    x = images(2, 3, 32, 32)
+    model.train()
+    assert not torch.equal(model(x), model(x))
+    model.eval()
+    assert torch.equal(model(x), model(x))
+
+
+def test_layer_decay(model):
+    """The stem learns slowest, then stage by stage and block by block, the head at the full rate."""
+    groups = param_groups_layer_decay(model, weight_decay=.05, layer_decay=.5)
+    names = {id(p): name for name, p in model.named_parameters()}
+    scale = {names[id(p)]: group['lr_scale'] for group in groups for p in group['params']}
+    assert scale.keys() == set(names.values())
+    order = ['patch_embed']
+    for i, stage in enumerate(model.stages):
+        order += [f'stages.{i}.blocks.{j}' for j in range(len(stage.blocks))]
+    scales = [{s for n, s in scale.items() if n.startswith(f'{prefix}.')} for prefix in order]
+    assert all(len(s) == 1 for s in scales)
+    scales = [s.pop() for s in scales]
+    assert scales == sorted(scales) and len(set(scales)) == len(scales)
+    assert min(scale.values()) == scales[0] and {scale['head.weight'], scale['head.bias']} == {1.}
+    for i in range(1, 4):  # a downsampling belongs between its stages, never before what it follows
+        above = scale[f'stages.{i}.blocks.0.norm1.weight']
+        below = scale[f'stages.{i - 1}.blocks.{len(model.stages[i - 1].blocks) - 1}.norm1.weight']
+        assert below <= scale[f'stages.{i}.downsample.proj.weight'] <= above
+    for i in range(4):
+        last = scale[f'stages.{i}.blocks.{len(model.stages[i].blocks) - 1}.norm1.weight']
+        assert scale[f'stages.{i}.norm.weight'] >= last
+
+
+@pytest.mark.parametrize('coarse', [False, True])
+def test_group_matcher_covers_everything(model, coarse: bool):
+    from timm.models import group_parameters
+    groups = group_parameters(model, model.group_matcher(coarse=coarse))
+    assert sorted(n for names in groups.values() for n in names) == sorted(n for n, _ in model.named_parameters())
+    assert len(groups) == (6 if coarse else len(groups))
+    assert groups[max(groups)] == ['head.weight', 'head.bias'] or coarse
+
+
+def test_weight_decay(model):
+    names = {name for name, _ in model.named_parameters()}
+    assert set(model.no_weight_decay()) <= names
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=.05)
+    by_id = {id(p): name for name, p in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for p in group['params']:
+            exempt = p.ndim <= 1 or by_id[id(p)] in model.no_weight_decay()
+            assert (group['weight_decay'] == 0) == exempt, by_id[id(p)]
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_learns(attn_layer: str):
+    torch.manual_seed(0)
+    options = {} if attn_layer == 'vicinity' else dict(attn_kwargs={})
+    model = timm.create_model('vvt_nano', num_classes=4, attn_layer=attn_layer, **options).train()
+    x, y = images(4, 3, 32, 32), torch.arange(4)
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3)
+    losses = []
+    for _ in range(12):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < .5 * losses[0], losses
+
+
+# features
+
+@pytest.mark.parametrize('indices, kept', [(1, 4), ([0], 1), ([1], 2), ([0, 2], 3), ([3], 4), ([-3], 2)])
+@pytest.mark.parametrize('prune_head', [True, False])
+def test_prune(indices, kept: int, prune_head: bool):
+    model = create().train()
+    x = images(2, 3, 40, 56)
+    expected = model.forward_intermediates(x, indices=indices, intermediates_only=True)
+    count = sum(p.numel() for p in model.parameters())
+    taken = model.prune_intermediate_layers(indices, prune_head=prune_head)
+    assert len(model.stages) == kept and max(taken) == kept - 1
+    assert model.num_features == model.head_hidden_size == model.feature_info[kept - 1]['num_chs']
+    gone = prune_head or kept < 4
+    assert isinstance(model.get_classifier(), nn.Identity) == gone
+    assert model.num_classes == (0 if gone else 10) and model.global_pool == ('' if gone else 'avg')
+    assert (sum(p.numel() for p in model.parameters()) < count) == gone
+
+    maps = model.forward_intermediates(x, indices=taken, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, expected, strict=True))
+    out = model(x)
+    assert out.shape == ((2, 10) if not gone else maps[-1].shape)
+    out.square().sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
+    model.reset_classifier(3, 'avg')
+    assert model(x).shape == (2, 3)
+
+
+def test_intermediates(model):
+    x = images(2, 3, 40, 56)
+    last, maps = model.forward_intermediates(x)
+    assert torch.equal(last, maps[-1]) and torch.equal(last, model.forward_features(x))
+    assert [tuple(m.shape) for m in maps] == [(2, 32, 20, 28), (2, 64, 10, 14), (2, 128, 5, 7), (2, 160, 3, 4)]
+    _, channels_last = model.forward_intermediates(x, output_fmt='NHWC')
+    assert all(torch.equal(a.permute(0, 2, 3, 1), b) for a, b in zip(maps, channels_last))
+    for indices, expected in ((2, [2, 3]), ([0, 2], [0, 2]), ([-1], [3]), (None, [0, 1, 2, 3])):
+        _, some = model.forward_intermediates(x, indices=indices)
+        assert all(torch.equal(a, maps[i]) for a, i in zip(some, expected, strict=True))
+    _, normed = model.forward_intermediates(x, norm=True)
+    assert all(torch.equal(a, b) for a, b in zip(maps, normed))
+    assert torch.equal(model(x), model.forward_head(last))
+
+
+@pytest.mark.parametrize('stop_early, runs', [(True, 2), (False, 4)])
+def test_stop_early(stop_early: bool, runs: int):
+    model, calls = create(), []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda *args: calls.append(1))
+    x = images(1, 3, 32, 32)
+    last, maps = model.forward_intermediates(x, indices=[0, 1], stop_early=stop_early)
+    assert len(calls) == runs and len(maps) == 2
+    assert torch.equal(last, maps[-1]) == stop_early
+
+
+@pytest.mark.parametrize('name, kwargs, reductions', [
+    ('vvt_tiny', {}, [4, 8, 16, 32]),
+    ('vvt_tiny', dict(patch_stride=2), [2, 4, 8, 16]),
+    ('vvt_tiny', dict(patch_stride=1, patch_size=3), [1, 2, 4, 8]),
+    ('vvt_nano', {}, [2, 4, 8, 16]),
+    ('vvt_nano', dict(patch_size=7, patch_stride=4), [4, 8, 16, 32]),
+])
+def test_features_only(name: str, kwargs, reductions):
+    model = timm.create_model(name, features_only=True, device='meta', **kwargs)
+    assert model.feature_info.reduction() == reductions
+    maps = model(torch.empty(2, 3, 64, 96, device='meta'))
+    for m, r, channels in zip(maps, reductions, model.feature_info.channels(), strict=True):
+        assert m.shape == (2, channels, 64 // r, 96 // r)
+    some = timm.create_model(name, features_only=True, out_indices=(1, 3), device='meta', **kwargs)
+    assert some.feature_info.reduction() == reductions[1::2]
+
+
+@pytest.mark.parametrize('feature_cls', ['list', 'getter'])
+def test_features_are_the_normed_maps(model, feature_cls: str):
+    features = timm.create_model('vvt_nano', features_only=True, feature_cls=feature_cls).eval()
+    weights = {k: v for k, v in model.state_dict().items() if not k.startswith('head.')}
+    if feature_cls == 'list':
+        weights = {k.replace('stages.', 'stages_', 1): v for k, v in weights.items()}
+    else:
+        weights = {f'model.{k}': v for k, v in weights.items()}
+    features.load_state_dict(weights)
+    x = images(2, 3, 33, 47)
+    expected = model.forward_intermediates(x, intermediates_only=True)
+    assert all(torch.equal(a, b) for a, b in zip(features(x), expected, strict=True))
+
+
+# inputs
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_batch_of_one(attn_layer: str):
+    """In both modes: nothing depends on what else is in the batch."""
+    model = create(attn_layer=attn_layer)
+    x = images(4, 3, 40, 24)
+    x[3] *= 10
+    for train in (False, True):
+        model.train(train)
+        together = model(x)
+        for i in range(4):
+            torch.testing.assert_close(model(x[i:i + 1]), together[i:i + 1], **CLOSE)
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+@pytest.mark.parametrize('size', [(32, 32), (64, 48), (33, 47), (1, 1), (1, 9), (7, 2), (31, 17), (48, 32)])
+def test_any_size(attn_layer: str, size):
+    model = create(attn_layer=attn_layer)
+    (H, W), x = size, images(2, 3, *size)
+    out = model.train()(x)
+    assert out.shape == (2, 10) and torch.isfinite(out).all()
+    out.sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters())
+    for m in model.forward_intermediates(x, intermediates_only=True):
+        H, W = -(-H // 2), -(-W // 2)
+        assert m.shape[2:] == (H, W)
+
+
+def test_no_size_is_remembered(model):
+    """The same output before and after other sizes went through."""
+    x = images(2, 3, 40, 32)
+    before = model(x)
+    for size in ((32, 40), (64, 64), (20, 16)):
+        model(images(1, 3, *size))
+    assert torch.equal(model(x), before)
+
+
+def test_memory_formats(model):
+    x = images(2, 3, 40, 48)
+    expected = model(x)
+    torch.testing.assert_close(model(x.to(memory_format=torch.channels_last)), expected, **CLOSE)
+    torch.testing.assert_close(model(images(2, 40, 48, 3).permute(0, 3, 1, 2)).shape, expected.shape)
+    strided = torch.zeros(2, 3, 80, 96)
+    strided[..., ::2, ::2] = x
+    torch.testing.assert_close(model(strided[..., ::2, ::2]), expected, **CLOSE)
+    torch.testing.assert_close(copy.deepcopy(model).to(memory_format=torch.channels_last)(x), expected, **CLOSE)
+    for batch in (1, 2):
+        for m in model.forward_intermediates(x[:batch], intermediates_only=True):
+            assert m.is_contiguous(memory_format=torch.channels_last)
+            assert m.stride() == m.contiguous(memory_format=torch.channels_last).stride()  # at batch 1 too
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_half_precision(attn_layer: str, dtype: torch.dtype):
+    model, x = create(attn_layer=attn_layer), images(2, 3, 64, 64)
+    expected = model(x)
+    with torch.autocast('cpu', dtype=dtype):
+        mixed = model(x)
+    half = model.to(dtype)(x.to(dtype))
+    size = expected.abs().max()
+    for out in (mixed, half):
+        assert out.dtype == dtype and torch.isfinite(out).all()
+        assert (out.float() - expected).abs().max() < (.1 if dtype == torch.bfloat16 else .02) * size
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float64])
+def test_dtype_change_after_forward(dtype: torch.dtype):
+    """No table of the first dtype stays behind."""
+    model, x = create(), images(2, 3, 40, 32)
+    expected = model(x)
+    out = model.to(dtype)(x.to(dtype))
+    fresh = create().to(dtype)(x.to(dtype))
+    assert out.dtype == dtype and torch.equal(out, fresh)
+    torch.testing.assert_close(model.float()(x), expected, rtol=.05, atol=.1)
+
+
+@pytest.mark.parametrize('kwargs', [dict(dtype=torch.bfloat16), dict(dtype=torch.float64), dict(device='meta')])
+def test_created_on_device_and_dtype(kwargs):
+    model = timm.create_model('vvt_nano', **kwargs)
+    for p in [*model.parameters(), *model.buffers()]:
+        assert p.dtype == kwargs.get('dtype', torch.float32) and p.device.type == kwargs.get('device', 'cpu')
+
+
+# inference without gradients
+
+@pytest.mark.parametrize('size', [(32, 32), (72, 40), (9, 64), (1, 1)])
+@pytest.mark.parametrize('batch', [1, 3])
+@pytest.mark.parametrize('context', [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize('band', [1, 3000, 20000, 2 ** 21])
+def test_inference_equals_training_graph(monkeypatch, model, band: int, context, batch: int, size):
+    """Whatever the inference path cuts into bands: none, some rows at a time, or single rows."""
+    monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
+    x = images(batch, 3, *size)
+    expected = model(x)
+    assert expected.requires_grad
+    with context():
+        out = model(x)
+        maps = model.forward_intermediates(x, intermediates_only=True)
+    torch.testing.assert_close(out, expected.detach(), **CLOSE)
+    for a, b in zip(maps, model.forward_intermediates(x, intermediates_only=True)):
+        torch.testing.assert_close(a, b.detach(), **CLOSE)
+        assert a.stride() == b.stride()
+
+
+@pytest.mark.parametrize('band', [1, 3000, 2 ** 21])
+def test_inference_mlp(monkeypatch, band: int):
+    """The MLP alone, where errors at the seams of bands cannot average out, non-contiguous input included."""
+    monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
+    torch.manual_seed(0)
+    mlp, bands = _pyramid.ConvMlp(6, 24).double().eval(), []
+    forward_bands = mlp._forward_bands
+    monkeypatch.setattr(mlp, '_forward_bands', lambda x: bands.append(1) or forward_bands(x))
+    for shape in ((1, 37, 11, 6), (3, 8, 50, 6), (2, 1, 40, 6), (2, 40, 1, 6), (1, 1, 1, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        x_t = torch.randn(shape[0], shape[2], shape[1], 6, dtype=torch.float64).transpose(1, 2)
+        for u in (x, x_t):
+            before = u.clone()
+            with torch.no_grad():
+                out = mlp(u)
+            torch.testing.assert_close(out, mlp(u).detach(), rtol=1e-12, atol=1e-12)
+            assert torch.equal(u, before)
+    assert len(bands) == {1: 10, 3000: 4, 2 ** 21: 0}[band]  # inference alone, by size
+
+
+@pytest.mark.parametrize('band', [1, 2 ** 21])
+def test_training_without_gradients_keeps_dropout(monkeypatch, band: int):
+    """Training mode under no_grad, as when batch statistics are gathered, drops as with gradients."""
+    monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
+    model = create(proj_drop_rate=.5, drop_rate=.2, drop_path_rate=.3).train()
+    x = images(2, 3, 32, 24)
+    torch.manual_seed(1)
+    expected = model(x)
+    torch.manual_seed(1)
+    with torch.no_grad():
+        out = model(x)
+    if band > 1:
+        torch.testing.assert_close(out, expected.detach(), **CLOSE)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        assert not torch.allclose(out, model(x))
+        assert not torch.allclose(model(x), model.eval()(x))
+
+
+@pytest.mark.parametrize('band', [1, 2 ** 21])
+def test_frozen_weights_with_gradients_of_the_input(monkeypatch, band: int):
+    monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
+    model, x = create(), images(1, 3, 32, 32)
+    expected = torch.autograd.grad(model(x.requires_grad_()).square().sum(), x)[0]
+    model.requires_grad_(False)
+    torch.testing.assert_close(torch.autograd.grad(model(x).square().sum(), x)[0], expected, **CLOSE)
+
+
+# classifier
+
+def test_reset_classifier():
+    model = create(num_classes=7, global_pool='').to(torch.bfloat16)
+    x = images(2, 3, 32, 32).bfloat16()
+    model.reset_classifier(0)
+    assert model.global_pool == '' and model.num_classes == 0 and model(x).shape == (2, 160, 2, 2)
+    model.reset_classifier(0, 'avg')
+    assert model.global_pool == 'avg' and model(x).shape == (2, 160)
+    model.reset_classifier(5)
+    assert model.global_pool == 'avg' and model.num_classes == 5
+    assert model.head.weight.dtype == torch.bfloat16 and model(x).shape == (2, 5)
+    model.float().reset_classifier(50)
+    assert model.head.weight.std().item() == pytest.approx(.02, rel=.05) and not model.head.bias.any()
+
+
+@pytest.mark.parametrize('train', [True, False])
+def test_reset_classifier_keeps_mode(train: bool):
+    model = create().train(train)
+    modes = {name: m.training for name, m in model.named_modules()}
+    for classes in (0, 4, 0, 3):
+        model.reset_classifier(classes)
+        assert {name: m.training for name, m in model.named_modules()} == modes
+
+
+def test_reset_classifier_keeps_frozen():
+    """A frozen backbone stays frozen, the new head can learn."""
+    model = create()
+    model.requires_grad_(False)
+    model.reset_classifier(3)
+    trainable = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trainable <= {'head.weight', 'head.bias'}
+
+
+def test_reset_classifier_on_meta():
+    model = timm.create_model('vvt_nano', device='meta')
+    model.reset_classifier(0)
+    model.reset_classifier(6)
+    assert model.head.weight.device.type == 'meta'
+
+
+def test_no_classes(model):
+    """At creation as by a reset; pooled features, or none with an empty global_pool."""
+    reset = copy.deepcopy(model)
+    reset.reset_classifier(0)
+    created = timm.create_model('vvt_nano', num_classes=0).eval()
+    assert list(created.state_dict()) == list(reset.state_dict())
+    created.load_state_dict(reset.state_dict())
+    x = images(2, 3, 32, 48)
+    assert torch.equal(created(x), reset(x)) and created(x).shape == (2, 160)
+    assert torch.equal(created(x), model.forward_head(model.forward_features(x), pre_logits=True))
+    assert type(created.get_classifier()) is type(reset.get_classifier()) is nn.Identity
+    assert created.num_classes == reset.num_classes == 0 and created.global_pool == reset.global_pool == 'avg'
+
+
+# init_weights
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_init_weights_after_to_empty(attn_layer: str):
+    torch.manual_seed(0)
+    kwargs = dict(attn_layer=attn_layer, num_classes=10, attn_kwargs={})
+    expected = timm.create_model('vvt_nano', **kwargs)
+    model = timm.create_model('vvt_nano', device='meta', **kwargs).to_empty(device='cpu')
+    for p in model.parameters():
+        p.data.fill_(float('nan'))
+    model.init_weights(needs_reset=True)
+    for (name, a), b in zip(model.named_parameters(), expected.parameters()):
+        assert torch.isfinite(a).all(), name
+        if b.std() > 0 and a.numel() > 1:
+            assert a.std().item() == pytest.approx(b.std().item(), rel=10 / a.numel() ** .5), name
+        else:
+            assert torch.equal(a, b), name
+    assert torch.isfinite(model.eval()(images(1, 3, 32, 32))).all()
+
+
+# export and compilation
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_torchscript(attn_layer: str):
+    """One scripted model for every size and batch."""
+    model = create(attn_layer=attn_layer, scriptable=True)
+    scripted = torch.jit.script(model)
+    for shape in ((2, 3, 32, 32), (1, 3, 40, 24), (1, 3, 64, 64)):
+        torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
+        with torch.no_grad():
+            torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_feature_extractor(attn_layer: str):
+    """torch.fx, through timm: sizes stay free."""
+    model = create(attn_layer=attn_layer)
+    extractor = create_feature_extractor(model, {'stages.1': 'a', 'head': 'b'})
+    for shape in ((2, 3, 32, 32), (1, 3, 40, 24)):
+        out = extractor(images(*shape))
+        maps = model.forward_intermediates(images(*shape), intermediates_only=True)
+        torch.testing.assert_close(out['a'], maps[1], **CLOSE)
+        torch.testing.assert_close(out['b'], model(images(*shape)), **CLOSE)
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_export(attn_layer: str):
+    model, x = create(attn_layer=attn_layer, depths=(1, 2, 1, 1)), images(2, 3, 32, 32)
+    exported = torch.export.export(model, (x,)).module()
+    torch.testing.assert_close(exported(x), model(x), **CLOSE)
+
+
+@pytest.mark.parametrize('attn_layer', MECHANISMS)
+def test_export_dynamic_batch(attn_layer: str):
+    model = create(attn_layer=attn_layer, **TWO_STAGES)
+    batch = torch.export.Dim('batch', min=1, max=64)
+    exported = torch.export.export(model, (images(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
+    for b in (1, 2, 5):
+        torch.testing.assert_close(exported(images(b, 3, 32, 32)), model(images(b, 3, 32, 32)), **CLOSE)
+
+
+@pytest.mark.parametrize('impl', ['features', 'separable'])
+def test_export_dynamic_size(impl: str):
+    """With a fixed order of evaluation, sizes stay free ('auto' chooses by size, hence fixes a range of them)."""
+    model = create(attn_kwargs=dict(impl=impl, fpc_reduction=4), **TWO_STAGES)
+    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
+    exported = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic,)).module()
+    for shape in ((2, 3, 64, 96), (3, 3, 96, 64), (2, 3, 128, 80)):
+        torch.testing.assert_close(exported(images(*shape)), model(images(*shape)), **CLOSE)
+
+
+@pytest.mark.parametrize('attn_layer, backend, train', [
+    *((name, 'eager', True) for name in MECHANISMS), ('vicinity', 'eager', False), ('vicinity', 'aot_eager', True)])
+def test_compile(attn_layer: str, backend: str, train: bool):
+    """One graph, forward and backward."""
+    torch._dynamo.reset()
+    model, x = create(attn_layer=attn_layer, **TWO_STAGES).train(train), images(2, 3, 64, 48)
+    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
+    out, expected = compiled(x), model(x)
+    torch.testing.assert_close(out, expected, **CLOSE)
+    out.square().sum().backward()
+    expected.square().sum().backward()
+    for a, b in zip(compiled.parameters(), model.parameters()):
+        size = b.grad.abs().max()
+        torch.testing.assert_close(a.grad / size, b.grad / size, **CLOSE)
+    if not train:
+        with torch.no_grad():
+            torch.testing.assert_close(compiled(x), model(x), **CLOSE)
+
+
+def test_trace(model):
+    with torch.no_grad():
+        traced = torch.jit.trace(model, images(2, 3, 32, 32))
+        torch.testing.assert_close(traced(images(2, 3, 32, 32, seed=1)), model(images(2, 3, 32, 32, seed=1)), **CLOSE)
+
+
+@pytest.mark.parametrize('copier', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
+def test_copies(model, copier):
+    other = copier(model)
+    x = images(2, 3, 32, 32)
+    assert torch.equal(other(x), model(x))
+    assert all(a is not b for a, b in zip(other.parameters(), model.parameters()))
+
+
+def test_functional_call_and_vmap_free_state(model):
+    """No buffers, nothing hidden: the parameters are the whole state."""
+    x = images(1, 3, 32, 32)
+    other = create(seed=5)
+    assert not list(model.buffers())
+    out = torch.func.functional_call(other, dict(model.named_parameters()), (x,))
+    assert torch.equal(out, model(x))
+
+
+def test_data_config(model):
+    config = resolve_data_config({}, model=model)
+    assert config['input_size'] == (3, 32, 32)
+    shape = model.forward_features(torch.zeros(1, *config['input_size'])).shape
+    assert shape[2:] == model.pretrained_cfg['pool_size']
+
+
+def test_creation_is_quiet(caplog, capsys):
+    with caplog.at_level(logging.WARNING):
+        timm.create_model('vvt_nano')
+    assert not caplog.records and capsys.readouterr() == ('', '')
