@@ -6,6 +6,7 @@ import pytest
 import timm
 import torch
 from _data import cifar100, fashion_mnist, image_folder
+from _golden import to_authors
 from PIL import Image
 
 from vitlinear import _script
@@ -84,6 +85,28 @@ def test_fashion_mnist_format(tmp_path, amp, capsys):
     argv += ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_mnist(tmp_path))]
     assert main([*argv, '--checkpoint', str(tmp_path / 'weights.pth')]) == 0
     assert ', 20 images, ' in capsys.readouterr().out
+
+
+def test_authors_checkpoint_and_a_head_that_does_not_fit(data, tmp_path, capsys):
+    model = timm.create_model('vvt_nano', num_classes=3)
+    torch.save({'model': to_authors(model.state_dict())}, tmp_path / 'authors.pth')
+    torch.save(model.state_dict(), tmp_path / 'ours.pth')
+    argv = ['--model', 'vvt_nano', '--img-size', '32', *COMMON, '--data-dir', str(data)]
+    results = [
+        validate(build_parser().parse([*argv, '--num-classes', '3', '--checkpoint', str(tmp_path / name)]))
+        for name in ('authors.pth', 'ours.pth')]
+    assert results[0] == results[1]
+    assert main([*argv, '--num-classes', '4', '--checkpoint', str(tmp_path / 'ours.pth')]) == 2
+    assert 'a head for other than 4 classes: give --num-classes' in capsys.readouterr().err
+
+
+def test_channels_follow_the_weights(tmp_path):
+    model = timm.create_model('vvt_nano', in_chans=1, num_classes=10)
+    model.pretrained_cfg.update(input_size=(1, 32, 32), mean=(.3,), std=(.35,), num_classes=10)
+    timm.models.save_for_hf(model, str(tmp_path / 'folder'), safe_serialization=True)
+    argv = ['--model', f'local-dir:{tmp_path / "folder"}', '--pretrained', *COMMON]
+    argv += ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_mnist(tmp_path))]
+    assert main(argv) == 0
 
 
 def test_cifar100_format(tmp_path, monkeypatch, capsys):

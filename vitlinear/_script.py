@@ -21,6 +21,7 @@ import torch.nn as nn
 import yaml
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, resolve_data_config
+from timm.models import load_checkpoint
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from timm.utils import ParseKwargs
 from tqdm import tqdm
@@ -281,7 +282,7 @@ def create_model(args: argparse.Namespace, **kwargs) -> nn.Module:
         arch = args.model.partition('.')[0]
         if not timm.is_model(arch):
             raise UsageError(f'unknown model {args.model}{suggest(arch, timm.list_models())}')
-    in_chans = args.in_chans or (args.input_size[0] if args.input_size else 3)
+    in_chans = args.in_chans or (args.input_size[0] if args.input_size else None)  # None: as the weights want
     with usage_errors(f'model {args.model}'):
         return timm.create_model(
             args.model,
@@ -293,8 +294,33 @@ def create_model(args: argparse.Namespace, **kwargs) -> nn.Module:
         )
 
 
+def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bool = True) -> None:
+    """timm's load_checkpoint, for checkpoints of the authors of our models as well.
+
+    Args:
+        model: Model to load into.
+        path: Checkpoint file.
+        use_ema: Prefer the moving average of the weights.
+        new_head: Let one of our models keep its own classifier where the checkpoint's has other classes.
+    """
+    family = sys.modules[type(model).__module__]
+    if not family.__name__.startswith('vitlinear.'):
+        load_checkpoint(model, path, use_ema)
+        return
+
+    def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+        own = model.state_dict()
+        state_dict = family.checkpoint_filter_fn(state_dict, model)
+        kept = [k for k, v in state_dict.items() if k in own and v.data_ptr() == own[k].data_ptr()]
+        if kept and not new_head:
+            raise UsageError(f'{path} has a head for other than {model.num_classes} classes: give --num-classes')
+        return state_dict
+
+    load_checkpoint(model, path, use_ema, filter_fn=filter_fn)
+
+
 def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> Dict[str, Any]:
-    channels = args.input_size[0] if args.input_size else args.in_chans or 3
+    channels = args.input_size[0] if args.input_size else args.in_chans or getattr(model, 'in_chans', 3)
     for name in ('mean', 'std'):
         if len(getattr(args, name) or [0]) not in (1, channels):
             raise UsageError(f'--{name} takes one number or one for each of the {channels} channels')

@@ -27,7 +27,7 @@ from PIL import Image, ImageOps
 from timm import utils
 from timm.data import FastCollateMixup, Mixup, create_loader
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.models import load_checkpoint, safe_model_name
+from timm.models import safe_model_name
 from timm.optim import create_optimizer_v2, optimizer_kwargs
 from timm.scheduler import create_scheduler_v2, scheduler_kwargs
 from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
@@ -222,7 +222,7 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     )
     if args.initial_checkpoint:
         with usage_errors(f'--initial-checkpoint {args.initial_checkpoint}'):
-            load_checkpoint(model, args.initial_checkpoint)
+            _script.load_weights(model, args.initial_checkpoint)
     with usage_errors(f'model {args.model}'), torch.no_grad():
         head = model.get_classifier()
         if args.head_init_scale is not None:

@@ -18,7 +18,6 @@ from typing import Any, Dict, Optional, Sequence
 import torch
 from timm import utils
 from timm.data import create_loader
-from timm.models import load_checkpoint
 
 import vitlinear  # noqa: F401  registers the models
 
@@ -89,7 +88,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
     model = _script.create_model(args, pretrained=args.pretrained or not args.checkpoint)
     if args.checkpoint:
         with usage_errors(f'checkpoint {args.checkpoint}'):
-            load_checkpoint(model, args.checkpoint, args.use_ema)
+            _script.load_weights(model, args.checkpoint, args.use_ema, new_head=False)
     params = sum(p.numel() for p in model.parameters())
     data_config = _script.data_config_for(model, args, use_test_size=True)
     dataset = _script.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
