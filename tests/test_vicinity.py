@@ -522,3 +522,39 @@ def test_dtype_and_device_arguments():
     assert {(p.device.type, p.dtype) for p in module.parameters()} == {('meta', torch.bfloat16)}
     assert module(torch.empty(2, 3, 4, 8, device='meta', dtype=torch.bfloat16)).shape == (2, 3, 4, 8)
     assert not list(VicinityAttention(8, 2).buffers())
+
+
+@pytest.mark.parametrize('locality', ['2d', '2d_product', '1d', 'none'])
+@pytest.mark.parametrize('clamp', [True, False])
+def test_bands_of_inference(monkeypatch, locality: str, clamp: bool):
+    """Without autograd, a large map is evaluated in bands of rows: same result, whatever their height."""
+    torch.manual_seed(0)
+    attn = VicinityAttention(24, 3, locality=locality, clamp=clamp).double()
+    for p in attn.parameters():
+        torch.nn.init.normal_(p, std=.3)
+    x = torch.randn(3, 33, 17, 24, dtype=torch.float64)
+    expected = attn(x)
+    calls = []
+    forward_bands = attn._forward_bands
+    monkeypatch.setattr(attn, '_forward_bands', lambda x: calls.append(x) or forward_bands(x))
+    for band in (1, 2000, 7000, 2 ** 18):
+        monkeypatch.setattr(vicinity, 'BAND', band)
+        with torch.no_grad():
+            torch.testing.assert_close(attn(x), expected, rtol=1e-9, atol=1e-9)
+    assert len(calls) == 4
+
+
+@pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
+def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
+    torch.manual_seed(0)
+    attn = VicinityAttention(32, 2)
+    x = torch.randn(2, 30, 30, 32)
+    monkeypatch.setattr(vicinity, 'BAND', 5000)
+    with torch.no_grad():
+        expected = attn(x)
+        with torch.autocast('cpu', dtype):
+            mixed = attn(x)
+        half = attn.to(dtype)(x.to(dtype))
+    assert mixed.dtype == half.dtype == dtype
+    for out in (mixed, half):
+        assert (out.float() - expected).abs().max() < .03 * expected.abs().max()

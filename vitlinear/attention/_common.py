@@ -27,6 +27,12 @@ def use_bands(x: torch.Tensor) -> bool:
     return x.device.type == 'cpu' and not torch.is_grad_enabled() and is_eager()
 
 
+def band_rows(rows: int, row_elements: int, band_elements: int, least: int = 1) -> int:
+    """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of about `band_elements`."""
+    bands = max(1, rows * row_elements // band_elements)
+    return max(least, -(-rows // bands))
+
+
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:
     """(B, H, W, num_heads * d) to (B, num_heads, H, W, d)."""
     B, H, W, C = x.shape

@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import check_heads, is_eager, merge_heads, split_heads, use_bands
+from ._common import band_rows, check_heads, is_eager, merge_heads, split_heads, use_bands
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 IMPLEMENTATIONS = ('auto', 'separable', 'features')
@@ -396,7 +396,7 @@ class VicinityAttention(nn.Module):
         Only the sums over keys live across bands. Projections are evaluated with positions last, as the core wants.
         """
         B, H, W, C = x.shape
-        rows = max(1, BAND // (W * C))
+        rows = band_rows(H, W * C, BAND)
         gate = 1 + self.fpc(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         features = _position_features(H, W, self.locality, torch.empty(0, dtype=dtype, device=x.device))

@@ -15,7 +15,7 @@ from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, t
 
 from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
 from ..attention import ATTENTION_LAYERS, get_attention_layer
-from ..attention._common import use_bands
+from ..attention._common import band_rows, use_bands
 
 # Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
 # 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
@@ -77,7 +77,7 @@ class ConvMlp(nn.Module):
     def _forward_bands(self, x: torch.Tensor) -> torch.Tensor:
         """`forward` in bands of rows, with one more row on either side for the convolution."""
         B, H, W, _ = x.shape
-        rows = max(8, MLP_BAND // (W * self.fc1.out_features))
+        rows = band_rows(H, W * self.fc1.out_features, MLP_BAND, least=8)
         out = None
         for b in range(B):
             for i in range(0, H, rows):
