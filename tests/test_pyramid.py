@@ -369,8 +369,8 @@ def test_inference_mlp(monkeypatch, band: int):
     monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
     torch.manual_seed(0)
     mlp, bands = _pyramid.ConvMlp(6, 24).double().eval(), []
-    forward_bands = mlp._forward_bands
-    monkeypatch.setattr(mlp, '_forward_bands', lambda x: bands.append(1) or forward_bands(x))
+    in_bands = mlp.in_bands
+    monkeypatch.setattr(mlp, 'in_bands', lambda x: bands.append(1) or in_bands(x))
     for shape in ((1, 37, 11, 6), (3, 8, 50, 6), (2, 1, 40, 6), (2, 40, 1, 6), (1, 1, 1, 6)):
         x = torch.randn(shape, dtype=torch.float64)
         x_t = torch.randn(shape[0], shape[2], shape[1], 6, dtype=torch.float64).transpose(1, 2)
@@ -380,7 +380,36 @@ def test_inference_mlp(monkeypatch, band: int):
                 out = mlp(u)
             torch.testing.assert_close(out, mlp(u).detach(), rtol=1e-12, atol=1e-12)
             assert torch.equal(u, before)
-    assert len(bands) == {1: 10, 3000: 4, 2 ** 21: 0}[band]  # inference alone, by size
+    assert len(bands) == 10  # inference alone
+
+
+def test_inference_respects_what_replaces_a_layer():
+    """Adapters, quantised layers and hooks take part in inference; only plain layers are evaluated by their weights."""
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    torch.manual_seed(0)
+    model = create().eval()
+    x = images(1, 3, 256, 256)
+    calls = []
+    block = model.stages[0].blocks[0]
+    for layer in (block.attn.qkv, block.attn.proj, block.norm2, block.mlp, block.mlp.fc1, block.mlp.dwconv):
+        handle = layer.register_forward_hook(lambda module, args, output: calls.append(module))
+        with torch.no_grad():
+            model(x)
+        assert set(calls) == {layer}
+        calls.clear()
+        handle.remove()
+    for parent, name in ((block.attn, 'qkv'), (block.attn, 'proj'), (block.mlp, 'fc1'), (block.mlp, 'fc2')):
+        layer = getattr(parent, name)
+        doubled = Doubled(layer.in_features, layer.out_features)
+        doubled.load_state_dict(layer.state_dict())
+        setattr(parent, name, doubled)
+        expected = model(x).detach()
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), expected, **CLOSE)
+        setattr(parent, name, layer)
 
 
 @pytest.mark.parametrize('band', [1, 2 ** 21])

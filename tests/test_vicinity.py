@@ -114,7 +114,7 @@ def test_dense_form_of_any_value_width(impl: str, heads: int, d: int, e: int):
 
 @pytest.mark.parametrize('locality', LOCALITIES)
 @pytest.mark.parametrize('clamp', [False, True])
-@pytest.mark.parametrize('H, W', [(7, 73), (16, 32), (27, 19)])  # one position below, at and above the switch
+@pytest.mark.parametrize('H, W', [(11, 93), (16, 64), (25, 41)])  # one position below, at and above the switch
 def test_dense_form_around_the_switch(H: int, W: int, clamp: bool, locality: str):
     assert (H * W - SEPARABLE_FROM) in (-1, 0, 1)
     q, k, v = inputs(1, 2, H, W, d=3, e=3)
@@ -123,7 +123,7 @@ def test_dense_form_around_the_switch(H: int, W: int, clamp: bool, locality: str
         lambda *x: vicinity_attention(*x, locality=locality, clamp=clamp), lambda *x: expected(*x, locality), q, k, v)
 
 
-@pytest.mark.parametrize('H, W, by_axes', [(7, 73, False), (16, 32, True)])
+@pytest.mark.parametrize('H, W, by_axes', [(11, 93, False), (16, 64, True)])
 def test_auto_switches_by_size(monkeypatch, H: int, W: int, by_axes: bool):
     calls = []
     monkeypatch.setattr(vicinity, '_by_axes', lambda q, k, v, clamp, eps: calls.append(1) or v)
@@ -537,6 +537,7 @@ def test_bands_of_inference(monkeypatch, locality: str, clamp: bool):
     calls = []
     forward_bands = attn._forward_bands
     monkeypatch.setattr(attn, '_forward_bands', lambda x: calls.append(x) or forward_bands(x))
+    monkeypatch.setattr(vicinity, 'BANDS_FROM', 1)
     for band in (1, 2000, 7000, 2 ** 18):
         monkeypatch.setattr(vicinity, 'BAND', band)
         with torch.no_grad():
@@ -550,6 +551,7 @@ def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
     attn = VicinityAttention(32, 2)
     x = torch.randn(2, 30, 30, 32)
     monkeypatch.setattr(vicinity, 'BAND', 5000)
+    monkeypatch.setattr(vicinity, 'BANDS_FROM', 1)
     with torch.no_grad():
         expected = attn(x)
         with torch.autocast('cpu', dtype):

@@ -17,18 +17,18 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import band_rows, check_heads, is_eager, merge_heads, split_heads, use_bands
+from ._common import band_rows, check_heads, is_eager, is_plain, merge_heads, split_heads, use_bands
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 IMPLEMENTATIONS = ('auto', 'separable', 'features')
 CLAMP_MIN = 1e-4
 CLAMP_MAX = 1e4
 
-# Positions from which the row and column form wins over the feature form (measured, see scripts/benchmark.py).
-SEPARABLE_FROM = 512
-
-# Input elements of a band in inference.
-BAND = 2 ** 18
+# Measured on two cores: positions from which the row and column form wins over the feature form, positions from which
+# bands of rows win over both in inference, and the input elements of such a band.
+SEPARABLE_FROM = 1024
+BANDS_FROM = 4096
+BAND = 2 ** 19
 
 
 def _clamp_magnitude_(x: torch.Tensor) -> torch.Tensor:
@@ -109,6 +109,13 @@ def _normalise(
         return numerator / (denominator + eps)
     # the authors clamp the reciprocal; as the denominator is >= 0, capping it is the same
     return clamp_magnitude(clamp_magnitude(numerator) / (denominator + eps).clamp(max=upper))
+
+
+def _normalise_(numerator: torch.Tensor, denominator: torch.Tensor, clamp: bool, eps: float) -> torch.Tensor:
+    """`_normalise` in place, without gradients."""
+    if not clamp:
+        return numerator.div_(denominator + eps)
+    return _clamp_magnitude_(_clamp_magnitude_(numerator).div_((denominator + eps).clamp_(max=CLAMP_MAX)))
 
 
 def _weighted(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -315,10 +322,9 @@ class FeaturePreservingConnection(nn.Module):
         self.fc1 = nn.Linear(dim, dim // reduction, bias=False, **dd)
         self.fc2 = nn.Linear(dim // reduction, dim, bias=False, **dd)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, H, W, C) to gates in (0, 1) of shape (B, 1, 1, C)."""
-        x = x.mean(dim=(1, 2), keepdim=True)
-        return self.fc2(F.relu(self.fc1(x))).sigmoid()
+    def forward(self, mean: torch.Tensor) -> torch.Tensor:
+        """Means over the map to gates in (0, 1), any shape that ends in C."""
+        return self.fc2(F.relu(self.fc1(mean))).sigmoid()
 
 
 class VicinityAttention(nn.Module):
@@ -376,13 +382,14 @@ class VicinityAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if self.impl == 'auto' and use_bands(x) and x.shape[1] * x.shape[2] >= SEPARABLE_FROM:
-                return self._forward_bands(x)
+            if self.impl == 'auto' and use_bands(x) and x.shape[1] * x.shape[2] >= BANDS_FROM:
+                if is_plain(self.qkv) and is_plain(self.proj):
+                    return self._forward_bands(x)
         qk, v = self.qkv(x).split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
         q, k = F.relu(qk).chunk(2, dim=-1)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
         out = vicinity_attention(q, k, v, self.locality, self.clamp, self.eps, self.impl)
-        return self._gate(self.proj(merge_heads(out)), 1 + self.fpc(x))
+        return self._gate(self.proj(merge_heads(out)), 1 + self.fpc(x.mean(dim=(1, 2), keepdim=True)))
 
     def _gate(self, x: torch.Tensor, gate: torch.Tensor, upper: float = CLAMP_MAX) -> torch.Tensor:
         if not self.clamp:
@@ -397,31 +404,42 @@ class VicinityAttention(nn.Module):
         """
         B, H, W, C = x.shape
         rows = band_rows(H, W * C, BAND)
-        gate = 1 + self.fpc(x)
         dtype = torch.promote_types(x.dtype, torch.float32)
         features = _position_features(H, W, self.locality, torch.empty(0, dtype=dtype, device=x.device))
+        r = self.reduced_dim
 
         def project(band: torch.Tensor, start: int, stop: int) -> torch.Tensor:
             weight, bias = self.qkv.weight[start:stop], self.qkv.bias[start:stop]
-            return torch.addmm(bias.unsqueeze(1), weight, band.flatten(0, 1).t()).unflatten(0, [1, -1]).to(dtype)
+            return torch.addmm(bias.unsqueeze(1), weight, band.t()).unflatten(0, [1, -1])
 
-        r = self.reduced_dim
         out = None
         for b in range(B):
-            bands = [(x[b, i:i + rows], features[..., i * W:(i + rows) * W]) for i in range(0, H, rows)]
+            bands = [(x[b, i:i + rows].flatten(0, 1), features[..., i * W:(i + rows) * W]) for i in range(0, H, rows)]
             kv = torch.zeros((), dtype=dtype, device=x.device)
+            mean = torch.zeros((), dtype=dtype, device=x.device)
             for band, band_features in bands:
-                k, v = project(band, r, 3 * r).unflatten(1, [2, self.num_heads, -1]).unbind(1)
+                k, v = project(band, r, 3 * r).to(dtype).unflatten(1, [2, self.num_heads, -1]).unbind(1)
+                mean = mean + band.sum(dim=0, dtype=dtype) / (H * W)
                 with torch.autocast(device_type=x.device.type, enabled=False):
                     kv = kv + _sum_keys(k.relu_(), v, band_features)
             if self.clamp:
                 kv = _clamp_sums(kv)
+            gate = 1 + self.fpc(mean.to(x.dtype))
             for i, (band, band_features) in enumerate(bands):
-                q = project(band, 0, r).unflatten(1, [self.num_heads, -1])
+                q = project(band, 0, r).relu_().unflatten(1, [self.num_heads, -1])
                 with torch.autocast(device_type=x.device.type, enabled=False):
-                    y = _attend(q.relu_(), kv, band_features, self.clamp, self.eps)
-                y = torch.addmm(self.proj.bias, y.flatten(0, 2).t().to(x.dtype), self.proj.weight.t())
+                    # this product sums over features, not over positions: bfloat16, which has the range, is enough
+                    product = torch.bfloat16 if q.dtype == torch.bfloat16 else dtype
+                    y = kv.to(product).transpose(-2, -1) @ _weighted(q.to(product), band_features.to(product))
+                    y = y.to(dtype)
+                    y = _normalise_(y[:, :, :-1], y[:, :, -1:], self.clamp, self.eps)
+                y = torch.addmm(self.proj.bias, y.flatten(0, 2).t().to(q.dtype), self.proj.weight.t())
                 if out is None:
-                    out = y.new_empty(B, H, W, C)
-                out[b, i * rows:(i + 1) * rows] = self._gate(y, gate[b, 0]).unflatten(0, [-1, W])
-        return out
+                    out = y.new_empty(B, H * W, C)
+                start = i * rows * W
+                band_out = out[b, start:start + len(band)]
+                if self.clamp:
+                    torch.mul(_clamp_magnitude_(y), gate, out=band_out).clamp_(-CLAMP_MAX, CLAMP_MAX)
+                else:
+                    torch.mul(y, gate, out=band_out)
+        return out.unflatten(1, [H, W])

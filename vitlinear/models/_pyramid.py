@@ -10,12 +10,13 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Ty
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 
 from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
 from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
 from ..attention import ATTENTION_LAYERS, get_attention_layer
-from ..attention._common import band_rows, use_bands
+from ..attention._common import band_rows, has_hooks, is_plain, pointwise, use_bands
 
 # Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
 # 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
@@ -58,6 +59,7 @@ class ConvMlp(nn.Module):
     ):
         super().__init__()
         dd = {'device': device, 'dtype': dtype}
+        self.hidden_dim = hidden_dim
         self.fc1 = nn.Linear(dim, hidden_dim, **dd)
         self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim, **dd)
         self.act = act_layer()
@@ -68,27 +70,46 @@ class ConvMlp(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if use_bands(x) and x[..., 0].numel() * self.fc1.out_features > 2 * MLP_BAND:
-                return self._forward_bands(x)
+            if use_bands(x):
+                return self.in_bands(x)
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = self.drop1(self.act(x))
         return self.drop2(self.fc2(x))
 
-    def _forward_bands(self, x: torch.Tensor) -> torch.Tensor:
-        """`forward` in bands of rows, with one more row on either side for the convolution."""
+    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+
+        A band of rows is evaluated with one more row on either side for the convolution, and leaves nothing behind but
+        its rows of the result.
+        """
         B, H, W, _ = x.shape
-        rows = band_rows(H, W * self.fc1.out_features, MLP_BAND, least=8)
+        images = max(1, MLP_BAND // (H * W * self.hidden_dim))
+        rows = band_rows(H, W * self.hidden_dim, MLP_BAND, least=8)
         out = None
-        for b in range(B):
+        for b in range(0, B, images):
             for i in range(0, H, rows):
-                above, below = max(i - 1, 0), min(i + rows + 1, H)
-                y = self.fc1(x[b:b + 1, above:below])
-                y = self.dwconv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)[:, i - above:i - above + rows]
-                y = self.drop2(self.fc2(self.drop1(self.act(y))))
+                above, below = min(i, 1), int(i + rows < H)
+                band = x[b:b + images, i - above:i + rows + below]
+                y = band if norm is None else norm(band)
+                y = self._depthwise(pointwise(y, self.fc1), above, below)
+                y = self.drop2(pointwise(self.drop1(self.act(y)), self.fc2))
+                band = band[:, above:above + rows]
                 if out is None:
-                    out = y.new_empty(B, H, W, y.shape[-1])
-                out[b, i:i + rows] = y[0]
+                    out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(band, y))
+                if norm is None:
+                    out[b:b + images, i:i + rows] = y
+                else:
+                    torch.add(band, y, out=out[b:b + images, i:i + rows])
         return out
+
+    def _depthwise(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        """The convolution of a band (B, H, W, C), without the rows that are context."""
+        x = x.permute(0, 3, 1, 2)
+        if above and below and is_plain(self.dwconv, nn.Conv2d):
+            x = F.conv2d(x, self.dwconv.weight, self.dwconv.bias, padding=(0, 1), groups=self.hidden_dim)
+        else:
+            x = self.dwconv(x)[:, :, above:x.shape[2] - below]
+        return x.permute(0, 2, 3, 1)
 
 
 class Block(nn.Module):
@@ -117,8 +138,10 @@ class Block(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = x + self.drop_path1(self.attn(self.norm1(x)))
-        x = x + self.drop_path2(self.mlp(self.norm2(x)))
-        return x
+        if not torch.jit.is_scripting():
+            if not self.training and use_bands(x) and not has_hooks(self.norm2) and not has_hooks(self.mlp):
+                return self.mlp.in_bands(x, self.norm2)
+        return x + self.drop_path2(self.mlp(self.norm2(x)))
 
 
 class PatchEmbed(nn.Module):
