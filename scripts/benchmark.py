@@ -68,9 +68,7 @@ def make_step(name: str, size: int, batch: int, dtype: str, args: argparse.Names
     import torch
     import vitlinear  # noqa: F401
     if name.count(':') == 2:
-        path, module, function = name.split(':')
-        if path not in sys.path:
-            sys.path.insert(0, path)
+        _, module, function = name.split(':')
         model = getattr(importlib.import_module(module), function)()
     else:
         fixed = timm.get_pretrained_cfg_value(name, 'fixed_input_size')
@@ -125,9 +123,9 @@ def latency(args: argparse.Namespace) -> None:
                 for name, ms in times.items():
                     low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
                     emit(dict(
-                        common, model=name.rpartition(':')[0].rpartition(':')[2] + ':' + name.rpartition(':')[2]
-                        if ':' in name else name, size=size, batch=batch, dtype=dtype, median_ms=median, p25_ms=low,
-                        p75_ms=high, rounds=len(ms), ms_per_image=median / batch), args.out)
+                        common, model=':'.join(name.split(':')[-2:]), size=size, batch=batch, dtype=dtype,
+                        median_ms=median, p25_ms=low, p75_ms=high, rounds=len(ms), ms_per_image=median / batch,
+                    ), args.out)
 
 
 def point(args: argparse.Namespace) -> None:
@@ -144,7 +142,7 @@ def point(args: argparse.Namespace) -> None:
 
 def scaling(args: argparse.Namespace) -> None:
     common = facts(args)
-    for name in args.models + args.also:
+    for name in args.models:
         for dtype in args.dtypes:
             measured = []
             for size in args.sizes:
@@ -179,6 +177,10 @@ def main() -> None:
         os.execve(sys.executable, [sys.executable, *sys.argv], dict(os.environ, **KEEP_MEMORY))
     import torch
     torch.set_num_threads(args.threads)
+    for name in args.also:  # before vitlinear, whose models replace those they register under the same name
+        path, module, _ = name.split(':')
+        sys.path.insert(0, path)
+        importlib.import_module(module)
     dict(latency=latency, scaling=scaling, point=point)[args.what](args)
 
 

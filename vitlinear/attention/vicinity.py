@@ -143,12 +143,6 @@ def _clamp_sums(kv: torch.Tensor) -> torch.Tensor:
     return torch.cat([clamp_magnitude(kv[..., :-1]), kv[..., -1:]], dim=-1)
 
 
-def _attend(q: torch.Tensor, kv: torch.Tensor, features: torch.Tensor, clamp: bool, eps: float) -> torch.Tensor:
-    """(B, heads, d, N) queries against sums over keys to (B, heads, e, N)."""
-    out = kv.transpose(-2, -1) @ _weighted(q, features)
-    return _normalise(out[:, :, :-1], out[:, :, -1:], clamp, eps)
-
-
 def _by_features(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -157,16 +151,23 @@ def _by_features(
         clamp: bool,
         eps: float,
 ) -> torch.Tensor:
-    """(B, heads, d, N) queries, keys and values and (F, 1, N) factors: one product over the F d kernel features."""
+    """(B, heads, d, N) queries, keys and values and (F, 1, N) factors: one product over the F d kernel features.
+
+    For TorchScript, which cannot compile `_ByFeatures`.
+    """
     kv = _sum_keys(k, v, features)
-    return _attend(q, _clamp_sums(kv) if clamp else kv, features, clamp, eps)
+    if clamp:
+        kv = _clamp_sums(kv)
+    out = kv.transpose(-2, -1) @ _weighted(q, features)
+    return _normalise(out[:, :, :-1], out[:, :, -1:], clamp, eps)
 
 
 class _ByFeatures(torch.autograd.Function):
-    """`_by_features` for training: keeps q, k, v, numerators and outputs, and no copy of them for each factor.
+    """One product over the F d kernel features, with a backward pass that keeps no copies for each factor.
 
-    With G = [grad_numerator, grad_denominator] weighted by each factor, grad_q = M G and grad_M = q G^T, so neither the
-    features of q nor their gradients are formed; likewise for k with the weighted values.
+    Shapes as for `_by_features`; kept are q, k, v, numerators and outputs. With G = [grad_numerator, grad_denominator]
+    weighted by each factor, grad_q = M G and grad_M = q G^T, so neither the features of q nor their gradients are
+    formed; likewise for k with the weighted values.
     """
 
     @staticmethod

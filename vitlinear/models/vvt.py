@@ -180,6 +180,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
+FASHION_MNIST_LABELS = (
+    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
+
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
     'vvt_nano.fashion_mnist': _cfg(
@@ -188,8 +191,10 @@ default_cfgs = generate_default_cfgs({
         input_size=(1, 32, 32),
         pool_size=(2, 2),
         crop_pct=1.0,
+        interpolation='bilinear',
         mean=(0.2860,),
         std=(0.3530,),
+        label_names=FASHION_MNIST_LABELS,
         origin_url=None,
     ),
     'vvt_nano.untrained*': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
