@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Speed and memory of models side by side, on this machine.
 
-    .venv/bin/python scripts/benchmark.py latency vvt_small convnext_tiny --sizes 224 1024 --batches 1 4 --dtypes fp32 bf16
+    .venv/bin/python scripts/benchmark.py latency vvt_small convnext_tiny --sizes 224 1024 --dtypes fp32 bf16
     .venv/bin/python scripts/benchmark.py scaling vvt_small --sizes 512 1024 2048 4096 --dtypes bf16
 
 `latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so

@@ -56,8 +56,8 @@ def pointwise(x: torch.Tensor, layer: nn.Module) -> torch.Tensor:
 
 
 def band_rows(rows: int, row_elements: int, band_elements: int, least: int = 1) -> int:
-    """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of about `band_elements`."""
-    bands = max(1, rows * row_elements // band_elements)
+    """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of `band_elements` at most."""
+    bands = -(-rows * row_elements // band_elements)
     return max(least, -(-rows // bands))
 
 

@@ -24,9 +24,10 @@ IMPLEMENTATIONS = ('auto', 'separable', 'features')
 CLAMP_MIN = 1e-4
 CLAMP_MAX = 1e4
 
-# Measured on two cores: positions from which the row and column form wins over the feature form, positions from which
-# bands of rows win over both in inference, and the input elements of such a band.
+# Measured on two cores: positions from which the row and column form wins over the feature form; positions from which,
+# in inference, one image at a time wins over a batch, and bands of rows over whole images; input elements of a band.
 SEPARABLE_FROM = 1024
+IMAGES_FROM = 512
 BANDS_FROM = 4096
 BAND = 2 ** 19
 
@@ -383,9 +384,11 @@ class VicinityAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if self.impl == 'auto' and use_bands(x) and x.shape[1] * x.shape[2] >= BANDS_FROM:
-                if is_plain(self.qkv) and is_plain(self.proj):
+            if self.impl == 'auto' and use_bands(x):
+                if x.shape[1] * x.shape[2] >= BANDS_FROM and is_plain(self.qkv) and is_plain(self.proj):
                     return self._forward_bands(x)
+                if x.shape[1] * x.shape[2] >= IMAGES_FROM and len(x) > 1:
+                    return torch.cat([self.forward(image) for image in x.split(1)])
         qk, v = self.qkv(x).split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
         q, k = F.relu(qk).chunk(2, dim=-1)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
