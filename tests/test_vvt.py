@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
 from vitlinear.attention import VicinityAttention
+from vitlinear.attention.vicinity import SEPARABLE_FROM
 from vitlinear.models._pyramid import Block
 from vitlinear.models.vvt import VicinityVisionTransformer, checkpoint_filter_fn
 
@@ -255,8 +256,9 @@ def test_operations(name: str, size: int, expected: int):
         assert count_macs(model, size, size) == form['total'] + form['denominators']
 
 
-@pytest.mark.parametrize('impl, separable_from', [('features', math.inf), ('separable', 0), ('auto', 512)])
-@pytest.mark.parametrize('H, W', [(96, 128), (75, 101)])
+@pytest.mark.parametrize(
+    'impl, separable_from', [('features', math.inf), ('separable', 0), ('auto', SEPARABLE_FROM)])
+@pytest.mark.parametrize('H, W', [(128, 160), (75, 101)])
 def test_operations_of_each_form(impl: str, separable_from: float, H: int, W: int):
     for name, options in (('vvt_tiny', {}), ('vvt_nano', dict(fpc_reduction=4))):
         model = create(name, attn_kwargs=dict(impl=impl, **options))
