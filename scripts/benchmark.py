@@ -129,7 +129,7 @@ def latency(args: argparse.Namespace) -> None:
 
 
 def point(args: argparse.Namespace) -> None:
-    """One size in this process: the median time, and the peak memory above what the interpreter and model take."""
+    """One size in this process: the times, and the peak resident memory of the whole process."""
     step = make_step(args.models[0], args.sizes[0], args.batches[0], args.dtypes[0], args)
     ms = []
     for _ in range(args.rounds + 1):
