@@ -2,9 +2,11 @@
 
 timm may rename what starts with an underscore: this is the only file such a rename touches.
 """
+import json
 import os
+from dataclasses import fields
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Type, Union
+from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
 from torch import nn
 
@@ -18,49 +20,51 @@ from timm.models import (
     resolve_pretrained_cfg,
 )
 from timm.models._features import feature_take_indices
+from timm.models._hub import hf_split
+from timm.models._pretrained import PretrainedCfg
+
+from .checkpoints._flax import is_flax, read_flax
+from .checkpoints.hub import HubError, check_file, download, download_weights, hub_org, weights_repo
+from .checkpoints.records import RECORD_NAME, WEIGHTS_NAME, find_record, read_record
 
 __all__ = [
     'build_model',
-    'bundled_weights',
     'checkpoint',
     'feature_take_indices',
+    'read_weights',
     'register_notrace_function',
     'register_notrace_module',
 ]
 
 
-def bundled_weights(name: str) -> Optional[str]:
-    """Path of the weights that the package carries for a model.
+def read_weights(path: Union[str, os.PathLike], use_ema: bool = True) -> Dict[str, Any]:
+    """Read a checkpoint file without running anything stored in it, or say what is wrong with it.
 
     Args:
-        name: Architecture and tag, such as 'vvt_nano.fashion_mnist'.
+        path: A safetensors file, a file of PyTorch, or a msgpack file of Flax.
+        use_ema: Take the moving average of the weights where a training checkpoint holds one.
 
     Returns:
-        The path of the safetensors file: inside the package in an installed wheel, in `model_cards/` of a checkout.
-        None where neither exists, so that the tag counts as one without weights.
+        Tensors by name, as the file has them; the parameters of Flax by their path.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It cannot be read, or only by running code.
     """
-    package = Path(__file__).resolve().parent
-    for root in (package, package.parent):
-        path = root / 'model_cards' / name / 'model.safetensors'
-        if path.is_file():
-            return str(path)
-    return None
-
-
-def _read_weights(path: Union[str, os.PathLike]) -> Dict[str, Any]:
-    """Read a checkpoint file without running anything stored in it, or say what is wrong with it."""
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No checkpoint file at '{path}'.")
+    if not str(path).endswith('.safetensors') and is_flax(path):
+        return read_flax(path)
     try:
         # timm loads with weights_only=True and lets argparse.Namespace, a plain bag of options, through
-        state_dict = load_state_dict(str(path))
+        state_dict = load_state_dict(str(path), use_ema=use_ema)
     except Exception as e:
         if 'Unsupported global' in str(e.__cause__):
             raise ValueError(
                 f"'{path}' holds pickled Python objects besides tensors and plain options; they are never run here. "
                 f"If you trust the file, load it with torch.load('{path}', weights_only=False) in a session of your "
                 f"own and save its weights with safetensors.torch.save_file(...). ({e})") from e
-        reason = (str(e) or type(e).__name__).splitlines()[0]
+        reason = (str(e) or type(e).__name__).splitlines()[0].partition(' No automatic')[0]  # timm's advice: run it
         raise ValueError(
             f"'{path}' is no readable checkpoint: truncated, or neither a safetensors nor a PyTorch file ({reason})."
         ) from e
@@ -78,6 +82,75 @@ def _no_weights_message(variant: str, tag: str) -> str:
           f"with timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='checkpoint.pth')).")
 
 
+def _config_overlay(variant: str, path: Path, repo_id: str) -> Dict[str, Any]:
+    """What the config.json of a repository says for the pretrained cfg of a model."""
+    try:
+        config = json.loads(path.read_text(encoding='utf-8'))
+        architecture, cfg = config['architecture'], dict(config['pretrained_cfg'])
+        cfg.update({k: config[k] for k in ('num_classes', 'label_names', 'label_descriptions') if k in config})
+    except (KeyError, TypeError, ValueError) as e:
+        raise HubError(f"config.json of '{repo_id}' is no config of a timm model ({type(e).__name__}: {e}).") from e
+    if architecture != variant:
+        raise HubError(f"'{repo_id}' holds weights of {architecture}, not of {variant}.")
+    known = {f.name for f in fields(PretrainedCfg)}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and k != 'architecture'}
+
+
+def _locate(
+        variant: str,
+        pretrained_cfg: Optional[Any],
+        overlay: Dict[str, Any],
+        cache_dir: Optional[Union[str, os.PathLike]],
+) -> Tuple[Optional[Path], Dict[str, Any]]:
+    """Find, download and check the weights of a model.
+
+    Returns:
+        The file, None where timm has to load what is no file of ours; and entries for the pretrained cfg.
+    """
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
+    if cfg.state_dict:
+        return None, {}
+    if cfg.source == 'local-dir':
+        folder = Path(cfg.file)
+        path = folder / WEIGHTS_NAME
+        if not path.is_file():
+            return None, {}
+        if (folder / RECORD_NAME).is_file():
+            record = read_record(folder)
+            check_file(
+                folder / record.file, record.sha256, f"'{folder / RECORD_NAME}'", 'Restore the file the record is of.')
+        return path, {}
+    if cfg.source == 'hf-hub':
+        repo_id, revision = hf_split(cfg.hf_hub_id)
+        return download_weights(repo_id, revision, None, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir), {}
+
+    name = f'{variant}.{cfg.tag}' if cfg.tag else variant
+    given = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
+    if any(source.get(k) for source in (overlay, given) for k in ('file', 'url', 'hf_hub_id')):
+        record, repo = None, None  # of the caller's choice
+    else:
+        record, repo = find_record(name), weights_repo(name)
+        if repo and not hub_org() and cfg.file:
+            repo = None  # the package carries what that repository has
+    if repo:
+        repo_id, revision = repo
+        told = {}
+        if not record:
+            told = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
+        path = download_weights(repo_id, revision, record, cache_dir=cache_dir)
+        return path, {**told, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
+    if not cfg.has_weights:
+        raise ValueError(_no_weights_message(variant, cfg.tag or ''))
+    if cfg.file:
+        if record:
+            check_file(cfg.file, record.sha256, f"the record of '{name}'", 'Install vitlinear again.')
+        return Path(cfg.file), {}
+    if cfg.hf_hub_id:
+        repo_id, revision = hf_split(cfg.hf_hub_id)
+        return download_weights(repo_id, revision, None, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir), {}
+    return None, {}
+
+
 def build_model(
         model_cls: Type[nn.Module],
         variant: str,
@@ -87,22 +160,26 @@ def build_model(
         pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
         **kwargs: Any,
 ) -> nn.Module:
-    """timm's `build_model_with_cfg`, with errors that say what to do about missing or unreadable weights.
+    """timm's `build_model_with_cfg`, checking the weights, with errors that say what to do about missing or wrong ones.
+
+    Where the weights come from: the caller's choice; else the repository of the organisation in use; else the file that
+    the package carries; else the repository that the record names. See `vitlinear.set_hub_org`.
 
     Raises:
         ValueError: `pretrained` is set and the tag has no weights, or the file that holds them cannot be read.
         FileNotFoundError: `pretrained` is set and the file does not exist.
+        HubError: `pretrained` is set and the weights cannot be had from the Hub.
+        IntegrityError: `pretrained` is set and the weights are not the published ones.
     """
     overlay = dict(pretrained_cfg_overlay or {})
-    read_file = False
+    source = path = None
     if pretrained:
-        cfg = resolve_pretrained_cfg(variant, pretrained_cfg, overlay)
-        if cfg.source not in ('hf-hub', 'local-dir') and not cfg.state_dict:
-            if not cfg.has_weights:
-                raise ValueError(_no_weights_message(variant, cfg.tag or ''))
-            read_file = bool(cfg.file)
-    if read_file:
-        overlay['state_dict'] = _read_weights(cfg.file)
+        path, told = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
+        overlay.update({k: v for k, v in told.items() if overlay.get(k) is None})
+        if path is not None:
+            # handed over as a state dict, which timm looks for only where no source is named
+            source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).source
+            overlay.update(source=None, state_dict=read_weights(path))
     model = build_model_with_cfg(
         model_cls,
         variant,
@@ -112,6 +189,8 @@ def build_model(
         pretrained_filter_fn=pretrained_filter_fn,
         **kwargs,
     )
-    if read_file:
+    if path is not None:
         model.pretrained_cfg.pop('state_dict')  # the weights are in the model now, no second copy
+        if source:
+            model.pretrained_cfg['source'] = source
     return model

@@ -14,7 +14,6 @@ load as they are. vvt_tiny, small, medium and large are the published variants; 
   volume={45}, number={10}, pages={12635-12649}, year={2023}
 }
 """
-import logging
 import re
 from typing import Any, Callable, Dict, Optional, Sequence, Union
 
@@ -24,12 +23,12 @@ from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
-from .._timm import build_model, bundled_weights
+from .._timm import build_model
+from ..checkpoints.records import weights_cfg
 from ._pyramid import Pyramid
+from ._weights import fit, unwrap
 
 __all__ = ['VicinityVisionTransformer']
-
-_logger = logging.getLogger(__name__)
 
 
 class VicinityVisionTransformer(Pyramid):
@@ -73,12 +72,6 @@ class VicinityVisionTransformer(Pyramid):
         )
 
 
-def _depths(keys, pattern: str) -> Dict[int, int]:
-    """Blocks per stage, counted in state dict keys."""
-    found = [tuple(map(int, m.groups())) for m in (re.match(pattern, k) for k in keys) if m]
-    return {stage: 1 + max(block for s, block in found if s == stage) for stage, _ in found}
-
-
 def _remap(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     """Key names of the authors' code to ours; queries, keys and values become one projection."""
     out = {}
@@ -111,41 +104,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     Raises:
         ValueError: The weights belong to another architecture or another variant, or some are missing.
     """
-    for key in ('model', 'state_dict'):
-        if isinstance(state_dict.get(key), dict):
-            state_dict = state_dict[key]
-    state_dict = {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
-    own = model.state_dict()
+    state_dict = unwrap(state_dict)
     if 'patch_embed1.proj.weight' in state_dict:
         state_dict = _remap(state_dict)
-    elif 'patch_embed.proj.weight' not in state_dict:
-        raise ValueError(
-            f'The checkpoint holds no {type(model).__name__} weights; '
-            f"its first entries are {', '.join(list(state_dict)[:3]) or 'none'}.")
-
-    pattern = r'stages\.(\d+)\.blocks\.(\d+)\.'
-    theirs, ours = _depths(state_dict, pattern), _depths(own, pattern)
-    if theirs != ours:
-        raise ValueError(
-            f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
-            f'the model has {list(ours.values())}.')
-    missing = [k for k in own if k not in state_dict and not k.startswith('head.')]
-    if missing:
-        raise ValueError(f"The checkpoint is incomplete: {', '.join(missing[:3])} are among the weights it lacks.")
-    for k, v in state_dict.items():
-        if k in own and v.shape != own[k].shape and not k.startswith(('head.', 'patch_embed.proj.')):
-            raise ValueError(
-                f'The checkpoint is of another variant: {k} has shape {tuple(v.shape)}, '
-                f'the model expects {tuple(own[k].shape)}.')
-
-    if 'head.weight' in state_dict and 'head.weight' not in own:
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
-    elif 'head.weight' in state_dict and state_dict['head.weight'].shape != own['head.weight'].shape:
-        _logger.warning(
-            f"The checkpoint's head has {len(state_dict['head.weight'])} classes, the model {len(own['head.weight'])}: "
-            f'the head is not loaded.')
-        state_dict.update({k: v for k, v in own.items() if k.startswith('head.')})
-    return state_dict
+    return fit(state_dict, model)
 
 
 def _create_vvt(variant: str, pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
@@ -180,23 +142,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-FASHION_MNIST_LABELS = (
-    'T-shirt/top', 'Trouser', 'Pullover', 'Dress', 'Coat', 'Sandal', 'Shirt', 'Sneaker', 'Bag', 'Ankle boot')
-
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
-    'vvt_nano.fashion_mnist': _cfg(
-        file=bundled_weights('vvt_nano.fashion_mnist'),
-        num_classes=10,
-        input_size=(1, 32, 32),
-        pool_size=(2, 2),
-        crop_pct=1.0,
-        interpolation='bilinear',
-        mean=(0.2860,),
-        std=(0.3530,),
-        label_names=FASHION_MNIST_LABELS,
-        origin_url=None,
-    ),
+    'vvt_nano.fashion_mnist': _cfg(origin_url=None, **weights_cfg('vvt_nano.fashion_mnist')),
     'vvt_nano.untrained*': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
     'vvt_tiny.in1k': _cfg(),
     'vvt_small.in1k': _cfg(),

@@ -1,0 +1,66 @@
+"""What the checkpoint filters of all families do: unwrap a file's containers and see whether it fits the model."""
+import logging
+import re
+from typing import Any, Dict, Iterable
+
+import torch
+from torch import nn
+
+_logger = logging.getLogger(__name__)
+
+
+def unwrap(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+    """Take the weights out of `{'model': ...}` or `{'state_dict': ...}`, and 'module.' off their names."""
+    for key in ('model', 'state_dict'):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    return {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
+
+
+def not_a_checkpoint_of(state_dict: Dict[str, Any], model: nn.Module) -> ValueError:
+    return ValueError(
+        f'The checkpoint holds no {type(model).__name__} weights; '
+        f"its first entries are {', '.join(list(state_dict)[:3]) or 'none'}.")
+
+
+def _depths(keys: Iterable[str]) -> Dict[int, int]:
+    """Blocks per stage, counted in state dict keys."""
+    matches = (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in keys)
+    found = [(int(m[1]), int(m[2])) for m in matches if m]
+    return {stage: 1 + max(block for s, block in found if s == stage) for stage, _ in sorted(found)}
+
+
+def fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """See that a state dict in our names is one of the model's architecture, and fit its classifier to the model.
+
+    A classifier for another number of classes is replaced by the model's own, with a warning. The stem may differ in
+    its input channels, which timm adapts.
+
+    Raises:
+        ValueError: The weights belong to another architecture or variant, or some are missing.
+    """
+    own = model.state_dict()
+    if 'patch_embed.proj.weight' not in state_dict:
+        raise not_a_checkpoint_of(state_dict, model)
+    theirs, ours = _depths(state_dict), _depths(own)
+    if theirs != ours:
+        raise ValueError(
+            f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
+            f'the model has {list(ours.values())}.')
+    missing = [k for k in own if k not in state_dict and not k.startswith('head.')]
+    if missing:
+        raise ValueError(f"The checkpoint is incomplete: {', '.join(missing[:3])} are among the weights it lacks.")
+    for k, v in state_dict.items():
+        if k in own and v.shape != own[k].shape and not k.startswith(('head.', 'patch_embed.proj.')):
+            raise ValueError(
+                f'The checkpoint is of another variant: {k} has shape {tuple(v.shape)}, '
+                f'the model expects {tuple(own[k].shape)}.')
+
+    if 'head.weight' in state_dict and 'head.weight' not in own:
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
+    elif 'head.weight' in state_dict and state_dict['head.weight'].shape != own['head.weight'].shape:
+        _logger.warning(
+            f"The checkpoint's head has {len(state_dict['head.weight'])} classes, the model {len(own['head.weight'])}: "
+            f'the head is not loaded.')
+        state_dict = {**state_dict, **{k: v for k, v in own.items() if k.startswith('head.')}}
+    return state_dict
