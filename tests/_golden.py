@@ -1,5 +1,6 @@
 """Numbers made with the authors' code, and the names of their parameters."""
 import json
+import math
 import re
 from functools import lru_cache
 from pathlib import Path
@@ -9,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 VVT = Path(__file__).parent / 'golden' / 'vvt'
+QNA = Path(__file__).parent / 'golden' / 'qna'
 
 
 @lru_cache(maxsize=None)
@@ -58,3 +60,45 @@ def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
 def grid(case: str) -> Tuple[int, int]:
     facts = vvt_facts()['cases'][case]
     return facts['H'], facts['W']
+
+
+@lru_cache(maxsize=None)
+def qna_tensors() -> Dict[str, torch.Tensor]:
+    """Inputs, outputs, intermediates, cotangents and gradients by `<case>/...`, parameters by `params:<set>/<path>`."""
+    return load_file(QNA / 'golden.safetensors')
+
+
+@lru_cache(maxsize=None)
+def qna_cases() -> Dict[str, Dict]:
+    """Facts of each case by name."""
+    return {case['name']: case for case in json.loads((QNA / 'golden.json').read_text())['cases']}
+
+
+@lru_cache(maxsize=None)
+def qna_state_shapes() -> Dict:
+    return json.loads((QNA / 'state_shapes.json').read_text())
+
+
+def qna_part(prefix: str) -> Dict[str, torch.Tensor]:
+    """The tensors of `<prefix>/<key>` by key, such as those of 'params:<set>'."""
+    prefix = prefix.rstrip('/') + '/'
+    return {k[len(prefix):]: v for k, v in qna_tensors().items() if k.startswith(prefix)}
+
+
+def qna_layer(params: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Parameters, or gradients, of the authors' learned-query layer under our names and in our layout."""
+    out = {}
+    for key, value in params.items():
+        if key == 'query':
+            out['query'] = value
+        elif key == 'Wk_b':
+            out['k.bias'] = value.flatten()
+        elif key in ('rpe_bias', 'attn_scale_weights'):  # taps by (queries, heads)
+            taps = value.flatten(0, -2)
+            k = math.isqrt(len(taps))
+            out['rel_pos_bias' if key == 'rpe_bias' else 'attn_scale'] = taps.t().reshape(-1, 1, k, k)
+        elif key.endswith('bias'):
+            out[{'to_v/bias': 'v.bias', 'to_out/bias': 'proj.bias'}[key]] = value
+        else:
+            out[{'Wk': 'k.weight', 'to_v/kernel': 'v.weight', 'to_out/kernel': 'proj.weight'}[key]] = value.t()
+    return {k: v.contiguous() for k, v in out.items()}

@@ -149,7 +149,8 @@ def test_swapping_in_a_backbone():
 
 
 def test_unknown_name_in_a_backbone():
-    with pytest.raises(ValueError, match="Unknown attn_layer 'nosuch', expected one of linear, softmax, vicinity"):
+    expected = "Unknown attn_layer 'nosuch', expected one of linear, qna, softmax, vicinity, window"
+    with pytest.raises(ValueError, match=expected):
         timm.create_model('vvt_nano', attn_layer='nosuch')
 
 

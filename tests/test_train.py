@@ -389,6 +389,36 @@ def test_packaged_configs_parse_and_name_existing_models(path):
     assert _script.find_config(path.stem).resolve() == path
 
 
+@pytest.mark.parametrize('name', ['qna_vit_base_in1k', 'qna_vit_base_in1k_384', 'qna_vit_tiny_cifar100_32px'])
+def test_qna_vit_configs_train(name, data, tmp_path, monkeypatch):
+    """With a small model, on small data of the same form; the others hold the same keys."""
+    argv = ['--config', name, '--model', 'qna_vit_nano', '--img-size', '32', '--device', 'cpu', '-j', '0']
+    argv += ['--amp-dtype', 'bfloat16', '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    argv += ['--experiment', name]
+    if 'cifar' in name:
+        argv += ['--data-dir', str(cifar100(tmp_path, monkeypatch, 20, 100)), '-b', '10']
+    else:
+        argv += ['--data-dir', data, '--num-classes', '3', '-b', '4']
+    if name.endswith('384'):  # from weights for other windows and classes
+        torch.save(timm.create_model('qna_vit_nano', num_classes=7).state_dict(), tmp_path / 'start.pth')
+        argv += ['--pretrained-path', str(tmp_path / 'start.pth'), '--img-size', '48', '--model-kwargs', 'img_size=48']
+    assert main(argv) == 0
+    assert len(rows(tmp_path / name)) == 1
+    if name.endswith('384'):
+        assert float(rows(tmp_path / name)[0]['lr']) == pytest.approx(1e-5 * 4 * 2 / 256)
+        assert weights(tmp_path / name)['stages.2.blocks.0.attn.relative_position_bias_table'].shape == (11 ** 2, 4)
+
+
+@pytest.mark.parametrize('name, drop_path, warmup', [
+    ('qna_vit_tiny', .05, 5), ('qna_vit_tiny_7x7', .05, 5), ('qna_vit_small', .2, 5), ('qna_vit_base', .5, 20)])
+def test_qna_vit_recipe(name, drop_path, warmup):
+    """A learning rate of 0.002 for the authors' batch of 1024."""
+    args = build_parser().parse(['--config', f'{name}_in1k'])
+    assert (args.model, args.drop_path, args.warmup_epochs) == (name, drop_path, warmup)
+    assert args.lr_base * args.batch_size * 8 / args.lr_base_size == pytest.approx(2e-3) and args.lr is None
+    assert (args.epochs, args.opt, args.weight_decay, args.min_lr, args.clip_grad) == (300, 'adamw', .05, 0, None)
+
+
 def test_command_line_beats_yaml(tmp_path):
     path = tmp_path / 'c.yaml'
     path.write_text(

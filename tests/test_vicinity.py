@@ -5,6 +5,7 @@ from typing import Callable, Tuple
 
 import pytest
 import torch
+from _numerics import TIGHT, assert_close, saved_bytes, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,7 +14,6 @@ from vitlinear.attention.vicinity import CLAMP_MAX, CLAMP_MIN, LOCALITIES, SEPAR
 
 FORMS = [(locality, 'features') for locality in LOCALITIES] + [('2d', 'separable'), ('2d', 'auto'), ('1d', 'auto')]
 GRIDS = [(1, 1), (1, 7), (6, 1), (5, 8), (9, 4), (7, 7)]
-TIGHT = dict(rtol=1e-9, atol=1e-11)
 
 
 # magnitudes of queries and keys and of values: between them they set every clamp to work
@@ -34,19 +34,6 @@ def flat(x: torch.Tensor) -> torch.Tensor:
 def dense(q, k, v, locality: str) -> torch.Tensor:
     H, W = q.shape[2:4]
     return reference.vicinity_attention(flat(q), flat(k), flat(v), H, W, locality).unflatten(2, (H, W))
-
-
-def value_and_grads(fn: Callable, *args: torch.Tensor) -> Tuple[torch.Tensor, ...]:
-    args = [x.detach().clone().requires_grad_() for x in args]
-    out = fn(*args)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
-    return out.detach(), *torch.autograd.grad(out, args, cotangent)
-
-
-def assert_close(actual: torch.Tensor, expected: torch.Tensor, **tolerance: float) -> None:
-    """With the absolute tolerance relative to the largest entry."""
-    size = expected.detach().abs().max().clamp(min=1e-300)
-    torch.testing.assert_close(actual / size, expected / size, **(tolerance or TIGHT))
 
 
 def assert_same(actual: Callable, expected: Callable, *args: torch.Tensor, settled=None) -> None:
@@ -370,21 +357,6 @@ def test_gradcheck_where_clamped(impl: str, scale: Tuple[float, float, float]):
 
 
 # memory
-
-def saved_bytes(fn: Callable, *args: torch.Tensor) -> int:
-    """Bytes that the backward pass keeps, each storage once, the arguments themselves included."""
-    storages = {}
-
-    def pack(x: torch.Tensor) -> torch.Tensor:
-        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        out = fn(*args)
-    size = sum(s.nbytes() for s in storages.values())
-    assert out.requires_grad
-    return size
-
 
 @pytest.mark.parametrize('impl, maps', [('features', 5.2), ('separable', 9.5)])
 def test_saved_for_backward(impl: str, maps: float):

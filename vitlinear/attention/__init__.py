@@ -8,23 +8,31 @@ from typing import Callable, Union
 from torch import nn
 
 from .linear import LinearAttention, linear_attention
+from .qna import QnAAttention, QnAUpsample, qna_attention
 from .softmax import SoftmaxAttention
 from .vicinity import VicinityAttention, clamp_magnitude, vicinity_attention
+from .window import WindowAttention
 
 ATTENTION_LAYERS = {
     'linear': LinearAttention,
+    'qna': QnAAttention,
     'softmax': SoftmaxAttention,
     'vicinity': VicinityAttention,
+    'window': WindowAttention,
 }
 
 __all__ = [
     'ATTENTION_LAYERS',
     'LinearAttention',
+    'QnAAttention',
+    'QnAUpsample',
     'SoftmaxAttention',
     'VicinityAttention',
+    'WindowAttention',
     'clamp_magnitude',
     'get_attention_layer',
     'linear_attention',
+    'qna_attention',
     'vicinity_attention',
 ]
 

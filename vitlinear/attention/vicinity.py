@@ -17,7 +17,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import band_rows, check_heads, is_eager, is_plain, merge_heads, split_heads, use_bands
+from ._common import band_rows, call_linear, check_heads, is_eager, is_plain, merge_heads, split_heads, use_bands
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 IMPLEMENTATIONS = ('auto', 'separable', 'features')
@@ -389,11 +389,19 @@ class VicinityAttention(nn.Module):
                     return self._forward_bands(x)
                 if x.shape[1] * x.shape[2] >= IMAGES_FROM and len(x) > 1:
                     return torch.cat([self.forward(image) for image in x.split(1)])
-        qk, v = self.qkv(x).split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
+        if torch.jit.is_scripting():
+            qkv = self.qkv(x)
+        else:
+            qkv = call_linear(self.qkv, x)
+        qk, v = qkv.split([2 * self.reduced_dim, self.reduced_dim], dim=-1)
         q, k = F.relu(qk).chunk(2, dim=-1)
         q, k, v = split_heads(q, self.num_heads), split_heads(k, self.num_heads), split_heads(v, self.num_heads)
-        out = vicinity_attention(q, k, v, self.locality, self.clamp, self.eps, self.impl)
-        return self._gate(self.proj(merge_heads(out)), 1 + self.fpc(x.mean(dim=(1, 2), keepdim=True)))
+        out = merge_heads(vicinity_attention(q, k, v, self.locality, self.clamp, self.eps, self.impl))
+        if torch.jit.is_scripting():
+            out = self.proj(out)
+        else:
+            out = call_linear(self.proj, out)
+        return self._gate(out, 1 + self.fpc(x.mean(dim=(1, 2), keepdim=True)))
 
     def _gate(self, x: torch.Tensor, gate: torch.Tensor, upper: float = CLAMP_MAX) -> torch.Tensor:
         if not self.clamp:

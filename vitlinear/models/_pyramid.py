@@ -1,8 +1,8 @@
-"""The pyramid that families share: stem, four stages of attention and convolutional MLP, head, and timm's contract.
+"""The pyramids that families share: `HierarchicalModel` has timm's contract, `Pyramid` stem, stages and head as well.
 
-Structure as in PVTv2 (arXiv 2106.13797): overlapping patch embeddings, pre-norm blocks, a norm after each stage. Maps
-are (B, H, W, C) within a stage and leave it as a (B, C, H, W) view in channels-last memory, so neither norms nor
-convolutions copy.
+The structure of `Pyramid` is that of PVTv2 (arXiv 2106.13797): overlapping patch embeddings, pre-norm blocks with a
+convolutional MLP, a norm after each stage. Maps are (B, H, W, C) within a stage and leave it as a (B, C, H, W) view in
+channels-last memory, so neither norms nor convolutions copy.
 """
 import math
 from functools import partial
@@ -10,13 +10,12 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Ty
 
 import torch
 import torch.nn as nn
-import torch.nn.functional as F
 
-from timm.layers import DropPath, calculate_drop_path_rates, get_device_dtype, to_ntuple
+from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
 from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
 from ..attention import ATTENTION_LAYERS, get_attention_layer
-from ..attention._common import band_rows, has_hooks, is_plain, pointwise, use_bands
+from ..attention._common import band_rows, depthwise, has_hooks, is_plain, plain_gelu, pointwise, use_bands
 
 # Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
 # 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
@@ -41,6 +40,63 @@ def check_input(x: torch.Tensor, in_chans: int) -> None:
         raise ValueError(f'Expected a batch of at least one image and one pixel, got shape {list(x.shape)}.')
 
 
+def _residual_in_bands(
+        x: torch.Tensor,
+        norm: Optional[nn.Module],
+        branch: Callable[[torch.Tensor, int, int], torch.Tensor],
+        hidden_dim: int,
+        context: int = 0,
+) -> torch.Tensor:
+    """`branch(x)`, or `x + branch(norm(x))`, for some images or some rows at a time, for inference.
+
+    Args:
+        x: Map (B, H, W, C).
+        norm: Norm in front of the branch, with which the map itself is added to the result.
+        branch: Takes a band of rows and how many of its first and last ones are context, which it leaves out.
+        hidden_dim: Largest number of channels in the branch.
+        context: Rows that the branch needs on either side of a band.
+    """
+    B, H, W, _ = x.shape
+    images = max(1, MLP_BAND // (H * W * hidden_dim))
+    rows = band_rows(H, W * hidden_dim, MLP_BAND, least=8)
+    out = None
+    for b in range(0, B, images):
+        for i in range(0, H, rows):
+            above, below = min(i, context), max(0, min(context, H - i - rows))
+            band = x[b:b + images, i - above:i + rows + below]
+            y = branch(band if norm is None else norm(band), above, below)
+            band = band[:, above:above + rows]
+            if out is None:
+                out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(band, y))
+            if norm is None:
+                out[b:b + images, i:i + rows] = y
+            else:
+                torch.add(band, y, out=out[b:b + images, i:i + rows])
+    return out
+
+
+class Mlp(_Mlp):
+    """timm's MLP on (B, H, W, C) maps, which inference on a CPU takes in bands of rows."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x):
+                return self.in_bands(x)
+        x = self.drop1(self.act(self.fc1(x)))
+        return self.drop2(self.fc2(self.norm(x)))
+
+    @torch.jit.unused
+    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, in bands."""
+        return _residual_in_bands(x, norm, self._band, self.fc1.out_features)
+
+    @torch.jit.unused
+    def _band(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        x = self.norm(self.drop1(pointwise(x, self.fc1, self.act)))
+        return self.drop2(pointwise(x, self.fc2))
+
+
 @register_notrace_module
 class ConvMlp(nn.Module):
     """MLP with a depthwise 3x3 convolution before its activation, on (B, H, W, C) maps.
@@ -52,7 +108,7 @@ class ConvMlp(nn.Module):
             self,
             dim: int,
             hidden_dim: int,
-            act_layer: Type[nn.Module] = nn.GELU,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
             drop: float = 0.,
             device=None,
             dtype=None,
@@ -77,39 +133,33 @@ class ConvMlp(nn.Module):
         return self.drop2(self.fc2(x))
 
     def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+        """`forward(x)`, or `x + forward(norm(x))`, in bands with one more row on either side for the convolution."""
+        return _residual_in_bands(x, norm, self._band, self.hidden_dim, context=1)
 
-        A band of rows is evaluated with one more row on either side for the convolution, and leaves nothing behind but
-        its rows of the result.
-        """
-        B, H, W, _ = x.shape
-        images = max(1, MLP_BAND // (H * W * self.hidden_dim))
-        rows = band_rows(H, W * self.hidden_dim, MLP_BAND, least=8)
-        out = None
-        for b in range(0, B, images):
-            for i in range(0, H, rows):
-                above, below = min(i, 1), int(i + rows < H)
-                band = x[b:b + images, i - above:i + rows + below]
-                y = band if norm is None else norm(band)
-                y = self._depthwise(pointwise(y, self.fc1), above, below)
-                y = self.drop2(pointwise(self.drop1(self.act(y)), self.fc2))
-                band = band[:, above:above + rows]
-                if out is None:
-                    out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(band, y))
-                if norm is None:
-                    out[b:b + images, i:i + rows] = y
-                else:
-                    torch.add(band, y, out=out[b:b + images, i:i + rows])
-        return out
+    def _band(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
+        x = pointwise(x, self.fc1)
+        return self.drop2(pointwise(self.drop1(self._depthwise(x, above, below)), self.fc2))
 
     def _depthwise(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
-        """The convolution of a band (B, H, W, C), without the rows that are context."""
+        """The convolution and activation of a band (B, H, W, C), without the rows that are context."""
         x = x.permute(0, 3, 1, 2)
-        if above and below and is_plain(self.dwconv, nn.Conv2d):
-            x = F.conv2d(x, self.dwconv.weight, self.dwconv.bias, padding=(0, 1), groups=self.hidden_dim)
-        else:
-            x = self.dwconv(x)[:, :, above:x.shape[2] - below]
-        return x.permute(0, 2, 3, 1)
+        gelu = plain_gelu(self.act)
+        rows = slice(above, x.shape[2] - below)
+        if gelu is not None and is_plain(self.dwconv, nn.Conv2d) and not torch.is_autocast_enabled('cpu'):
+            if above and below:
+                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [0, 1], gelu)
+            else:
+                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [1, 1], gelu)[:, :, rows]
+            return x.permute(0, 2, 3, 1)
+        return self.act(self.dwconv(x)[:, :, rows].permute(0, 2, 3, 1))
+
+
+def residual(x: torch.Tensor, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> torch.Tensor:
+    """`x + drop_path(branch(norm(x)))` in eager mode: in bands, where that is possible and pays."""
+    if not branch.training and hasattr(branch, 'in_bands') and use_bands(x):
+        if not has_hooks(norm) and not has_hooks(branch):
+            return branch.in_bands(x, norm)
+    return x + drop_path(branch(norm(x)))
 
 
 class Block(nn.Module):
@@ -122,8 +172,9 @@ class Block(nn.Module):
             mlp_ratio: float = 4.,
             proj_drop: float = 0.,
             drop_path: float = 0.,
-            act_layer: Type[nn.Module] = nn.GELU,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
             norm_layer: Callable[..., nn.Module] = partial(nn.LayerNorm, eps=1e-6),
+            mlp_layer: Callable[..., nn.Module] = ConvMlp,
             device=None,
             dtype=None,
     ):
@@ -133,15 +184,17 @@ class Block(nn.Module):
         self.attn = attn
         self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.attn(self.norm1(x)))
-        if not torch.jit.is_scripting():
-            if not self.training and use_bands(x) and not has_hooks(self.norm2) and not has_hooks(self.mlp):
-                return self.mlp.in_bands(x, self.norm2)
-        return x + self.drop_path2(self.mlp(self.norm2(x)))
+        if torch.jit.is_scripting():
+            x = x + self.drop_path1(self.attn(self.norm1(x)))
+            x = x + self.drop_path2(self.mlp(self.norm2(x)))
+        else:
+            x = residual(x, self.norm1, self.attn, self.drop_path1)
+            x = residual(x, self.norm2, self.mlp, self.drop_path2)
+        return x
 
 
 class PatchEmbed(nn.Module):
@@ -219,109 +272,89 @@ def _check_global_pool(global_pool: str) -> None:
         raise ValueError(f"Unsupported global_pool '{global_pool}', expected 'avg' or '' (no pooling).")
 
 
-class Pyramid(nn.Module):
-    """Hierarchical backbone around one attention mechanism.
+def check_model_args(
+        in_chans: int,
+        num_classes: int,
+        patch_stride: int,
+        drop_path_rate: float,
+        mlp_ratios: Sequence[float],
+        depths: Sequence[int],
+        **per_stage: Sequence[int],
+) -> None:
+    """Raise ValueError, with the argument's name, where an argument that all pyramids have is out of range.
 
-    Stage i of a (B, in_chans, H, W) batch is a (B, embed_dims[i], H_i, W_i) map with H_0 = ceil(H / patch_stride) and
+    Args:
+        per_stage: Positive integers, `embed_dims` among them, that need one entry per stage like `depths`.
+    """
+    per_stage = dict(mlp_ratios=mlp_ratios, **per_stage)
+    for name, values in per_stage.items():
+        if len(values) != len(depths):
+            raise ValueError(f'{name}={tuple(values)} must have one entry per stage, as depths={tuple(depths)}.')
+    for name, values in dict(depths=depths, **per_stage).items():
+        if len(depths) == 0 or min(values) <= 0:
+            raise ValueError(f'{name}={tuple(values)} must be positive.')
+    for dim, ratio in zip(per_stage['embed_dims'], mlp_ratios):
+        if int(dim * ratio) < 1:
+            raise ValueError(f'mlp_ratios={tuple(mlp_ratios)} leave no hidden channel at embed_dims={dim}.')
+    if not 0 <= drop_path_rate < 1:
+        raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
+    if in_chans < 1:
+        raise ValueError(f'in_chans={in_chans} must be positive.')
+    if num_classes < 0:
+        raise ValueError(f'num_classes={num_classes} must not be negative.')
+    if patch_stride < 1:
+        raise ValueError(f'patch_stride={patch_stride} must be positive.')
+
+
+class HierarchicalModel(nn.Module):
+    """A stem, stages, a norm, average pooling and a classifier, with the whole of timm's contract.
+
+    Stage i of a (B, in_chans, H, W) batch is a (B, C_i, H_i, W_i) map with H_0 = ceil(H / patch_stride) and
     H_i = ceil(H_{i-1} / 2), likewise for W, for any H and W from 1.
     """
 
     def __init__(
             self,
+            patch_embed: nn.Module,
+            stages: Sequence[nn.Module],
+            embed_dims: Sequence[int],
+            patch_stride: int = 4,
+            norm: Optional[nn.Module] = None,
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
-            embed_dims: Sequence[int] = (64, 128, 256, 512),
-            depths: Sequence[int] = (2, 2, 2, 2),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            patch_size: int = 7,
-            patch_stride: int = 4,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'softmax',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
-            act_layer: Type[nn.Module] = nn.GELU,
             drop_rate: float = 0.,
-            proj_drop_rate: float = 0.,
-            drop_path_rate: float = 0.,
             device=None,
             dtype=None,
     ):
         """
         Args:
+            patch_embed: Images (B, in_chans, H, W) to a map (B, embed_dims[0], H_0, W_0).
+            stages: Each takes the (B, C, H, W) map of the one before; they have `downsample`, `blocks` and a flag
+                `grad_checkpointing`.
+            embed_dims: Channels of each stage.
+            patch_stride: Stride of the stem.
+            norm: Norm of the last map as (B, H, W, C), None where stages end in their own.
             in_chans: Channels of the input images.
             num_classes: Classes of the head, 0 for none.
             global_pool: 'avg', or '' to leave the last map unpooled.
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
-            patch_size: Kernel of the stem convolution, odd.
-            patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
-            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory.
-            attn_kwargs: Further arguments of the mechanism.
-            act_layer: Activation of the MLP.
             drop_rate: Dropout before the classifier.
-            proj_drop_rate: Dropout in the MLP.
-            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
-
-        Raises:
-            ValueError: A value is out of range, or the per-stage sequences differ in length.
         """
         super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        num_stages = len(depths)
-        num_heads = to_ntuple(num_stages)(num_heads)
-        mlp_ratios = to_ntuple(num_stages)(mlp_ratios)
-        for name, values in (('embed_dims', embed_dims), ('num_heads', num_heads), ('mlp_ratios', mlp_ratios)):
-            if len(values) != num_stages:
-                raise ValueError(f'{name}={tuple(values)} must have one entry per stage, as depths={tuple(depths)}.')
-        for name, values in (('depths', depths), ('embed_dims', embed_dims), ('mlp_ratios', mlp_ratios)):
-            if num_stages == 0 or min(values) <= 0:
-                raise ValueError(f'{name}={tuple(values)} must be positive.')
-        for dim, ratio in zip(embed_dims, mlp_ratios):
-            if int(dim * ratio) < 1:
-                raise ValueError(f'mlp_ratios={tuple(mlp_ratios)} leave no hidden channel at embed_dims={dim}.')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
-        if in_chans < 1:
-            raise ValueError(f'in_chans={in_chans} must be positive.')
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} must not be negative.')
-        if patch_stride < 1:
-            raise ValueError(f'patch_stride={patch_stride} must be positive.')
-        if patch_size < patch_stride or patch_size % 2 == 0:
-            raise ValueError(f'patch_size={patch_size} must be odd and at least patch_stride={patch_stride}.')
         _check_global_pool(global_pool)
-
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
-        attn_layer = get_attention_layer(attn_layer)
-        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
-
-        self.patch_embed = PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd)
-        self.feature_info = []
-        stages = []
-        for i, dim in enumerate(embed_dims):
-            attn_layers = [attn_layer(dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
-            stages.append(PyramidStage(
-                embed_dims[max(i - 1, 0)],
-                dim,
-                attn_layers,
-                downsample=i > 0,
-                mlp_ratio=mlp_ratios[i],
-                proj_drop=proj_drop_rate,
-                drop_path=drop_path[i],
-                act_layer=act_layer,
-                **dd,
-            ))
-            self.feature_info.append(dict(num_chs=dim, reduction=patch_stride * 2 ** i, module=f'stages.{i}'))
+        self.patch_embed = patch_embed
         self.stages = nn.Sequential(*stages)
-
+        self.norm = nn.Identity() if norm is None else norm
+        self.feature_info = [
+            dict(num_chs=dim, reduction=patch_stride * 2 ** i, module=f'stages.{i}')
+            for i, dim in enumerate(embed_dims)]
         self.num_features = self.head_hidden_size = embed_dims[-1]
         self.head_drop = nn.Dropout(drop_rate)
+        dd = {'device': device, 'dtype': dtype}
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-
         self.init_weights(needs_reset=False)
 
     @torch.jit.ignore
@@ -355,14 +388,17 @@ class Pyramid(nn.Module):
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
         """Regular expressions that order the parameters from input to output, for layer-wise learning rates."""
-        return dict(
-            stem=r'^patch_embed',
-            blocks=r'^stages\.(\d+)' if coarse else [
+        last = (99999,)
+        if coarse:
+            blocks = [(r'^stages\.(\d+)', None), (r'^norm', last)]
+        else:
+            blocks = [
                 (r'^stages\.(\d+)\.downsample', (0,)),
                 (r'^stages\.(\d+)\.blocks\.(\d+)', None),
-                (r'^stages\.(\d+)\.norm', (99999,)),
-            ],
-        )
+                (r'^stages\.(\d+)\.norm', last),
+                (r'^norm', last),
+            ]
+        return dict(stem=r'^patch_embed', blocks=blocks)
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
@@ -410,7 +446,7 @@ class Pyramid(nn.Module):
         Args:
             x: Images (B, in_chans, H, W).
             indices: Stages to return: the last n if int, all if None, else these.
-            norm: Without effect, every stage ends in its norm.
+            norm: Apply the final norm to the last map as well, where the model has one.
             stop_early: Do not run the stages after the last one asked for.
             output_fmt: 'NCHW' or 'NHWC'.
             intermediates_only: Return the list of maps alone.
@@ -425,15 +461,17 @@ class Pyramid(nn.Module):
 
         check_input(x, self.in_chans)
         x = self.patch_embed(x)
+        last = len(self.stages) - 1
         for i, stage in enumerate(self.stages):
             if not stop_early or i <= max_index:
                 x = stage(x)
+                y = self._forward_norm(x) if norm and i == last else x
                 if i in take_indices:
-                    intermediates.append(x.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else x)
+                    intermediates.append(y.permute(0, 2, 3, 1) if output_fmt == 'NHWC' else y)
 
         if intermediates_only:
             return intermediates
-        return x, intermediates
+        return x if stop_early and max_index < last else self._forward_norm(x), intermediates
 
     def prune_intermediate_layers(
             self,
@@ -445,7 +483,7 @@ class Pyramid(nn.Module):
 
         Args:
             indices: Stages to keep: the last n if int, else these.
-            prune_norm: Without effect, the norm is part of a stage.
+            prune_norm: Remove the final norm also where the last stage is kept.
             prune_head: Remove the classifier and pooling also where the last stage is kept.
 
         Returns:
@@ -454,6 +492,8 @@ class Pyramid(nn.Module):
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         pruned = max_index < len(self.stages) - 1
         self.stages = self.stages[:max_index + 1]
+        if pruned or prune_norm:
+            self.norm = nn.Identity()
         self.num_features = self.head_hidden_size = self.feature_info[max_index]['num_chs']
         if prune_head or pruned:
             self.reset_classifier(0, '')
@@ -462,8 +502,10 @@ class Pyramid(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
         check_input(x, self.in_chans)
-        x = self.patch_embed(x)
-        return self.stages(x)
+        return self._forward_norm(self.stages(self.patch_embed(x)))
+
+    def _forward_norm(self, x: torch.Tensor) -> torch.Tensor:
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify a map (B, num_features, H', W').
@@ -482,3 +524,84 @@ class Pyramid(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
+
+
+class Pyramid(HierarchicalModel):
+    """Hierarchical backbone around one attention mechanism."""
+
+    def __init__(
+            self,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dims: Sequence[int] = (64, 128, 256, 512),
+            depths: Sequence[int] = (2, 2, 2, 2),
+            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
+            mlp_ratios: Union[float, Sequence[float]] = 4.,
+            patch_size: int = 7,
+            patch_stride: int = 4,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'softmax',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            act_layer: Type[nn.Module] = nn.GELU,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            in_chans: Channels of the input images.
+            num_classes: Classes of the head, 0 for none.
+            global_pool: 'avg', or '' to leave the last map unpooled.
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            patch_size: Kernel of the stem convolution, odd.
+            patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
+            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory.
+            attn_kwargs: Further arguments of the mechanism.
+            act_layer: Activation of the MLP.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+
+        Raises:
+            ValueError: A value is out of range, or the per-stage sequences differ in length.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        num_heads = to_ntuple(len(depths))(num_heads)
+        mlp_ratios = to_ntuple(len(depths))(mlp_ratios)
+        check_model_args(
+            in_chans, num_classes, patch_stride, drop_path_rate, mlp_ratios, depths,
+            embed_dims=embed_dims, num_heads=num_heads)
+        if patch_size < patch_stride or patch_size % 2 == 0:
+            raise ValueError(f'patch_size={patch_size} must be odd and at least patch_stride={patch_stride}.')
+        attn_layer = get_attention_layer(attn_layer)
+        drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            attn_layers = [attn_layer(dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
+            stages.append(PyramidStage(
+                embed_dims[max(i - 1, 0)],
+                dim,
+                attn_layers,
+                downsample=i > 0,
+                mlp_ratio=mlp_ratios[i],
+                proj_drop=proj_drop_rate,
+                drop_path=drop_path[i],
+                act_layer=act_layer,
+                **dd,
+            ))
+        super().__init__(
+            PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
+            stages,
+            embed_dims,
+            patch_stride=patch_stride,
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )

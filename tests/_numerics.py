@@ -1,0 +1,34 @@
+"""Comparisons that the tests of several mechanisms make."""
+from typing import Callable, Tuple
+
+import torch
+
+TIGHT = dict(rtol=1e-9, atol=1e-11)
+
+
+def value_and_grads(fn: Callable, *args: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+    args = [x.detach().clone().requires_grad_() for x in args]
+    out = fn(*args)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)
+    return out.detach(), *torch.autograd.grad(out, args, cotangent)
+
+
+def assert_close(actual: torch.Tensor, expected: torch.Tensor, **tolerance: float) -> None:
+    """With the absolute tolerance relative to the largest entry."""
+    size = expected.detach().abs().max().clamp(min=1e-300)
+    torch.testing.assert_close(actual / size, expected / size, **(tolerance or TIGHT))
+
+
+def saved_bytes(fn: Callable, *args: torch.Tensor) -> int:
+    """Bytes that the backward pass keeps, each storage once, the arguments themselves included."""
+    storages = {}
+
+    def pack(x: torch.Tensor) -> torch.Tensor:
+        storages[x.untyped_storage().data_ptr()] = x.untyped_storage()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        out = fn(*args)
+    size = sum(s.nbytes() for s in storages.values())
+    assert out.requires_grad
+    return size

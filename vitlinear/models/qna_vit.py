@@ -1,0 +1,511 @@
+"""QnA-ViT
+
+Paper: 'Learned Queries for Efficient Local Attention', https://arxiv.org/abs/2112.11435, CVPR 2022, pages 10841-10852
+
+A pyramid of local attention with learned queries, which downsamples with the same layer at stride 2; the last two
+stages begin with, or consist of, softmax attention over windows that cover the whole map at the published size. Written
+from a description of the authors' released code, https://github.com/moabarar/qna, whose Flax checkpoints load as they
+are. qna_vit_tiny, tiny_7x7, small and base are the published variants; qna_vit_nano is ours, for small images.
+
+@inproceedings{arar2022learned,
+  title={Learned Queries for Efficient Local Attention},
+  author={Moab Arar and Ariel Shamir and Amit H. Bermano},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  pages={10841-10852}, year={2022}
+}
+"""
+import math
+import re
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.models import generate_default_cfgs, register_model
+
+from .._timm import build_model, checkpoint, register_notrace_module
+from ..attention import QnAAttention, WindowAttention, get_attention_layer
+from ..attention._common import lecun_normal_
+from ..attention.window import resize_relative_position_bias_table
+from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, residual
+from ._weights import fit, not_a_checkpoint_of, unwrap
+
+__all__ = ['QnAVisionTransformer']
+
+_block_layers = dict(
+    act_layer=partial(nn.GELU, approximate='tanh'),
+    norm_layer=partial(nn.LayerNorm, eps=1e-6),
+    mlp_layer=Mlp,
+)
+
+
+@register_notrace_module  # its padding follows from the size of the image
+class PatchEmbed(nn.Module):
+    """Strided convolution without bias or norm, (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)).
+
+    Padded as TensorFlow's SAME, the odd row or column at the end.
+    """
+
+    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.patch_size = patch_size
+        self.stride = stride
+        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=stride, bias=False, **dd)
+
+    def _padding(self, size: int) -> Tuple[int, int]:
+        total = max(0, ((size + self.stride - 1) // self.stride - 1) * self.stride + self.patch_size - size)
+        return total // 2, total - total // 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        top, bottom = self._padding(x.shape[2])
+        left, right = self._padding(x.shape[3])
+        if top + bottom + left + right > 0:
+            x = F.pad(x, [left, right, top, bottom])
+        return self.proj(x.contiguous(memory_format=torch.channels_last))
+
+
+class Downsample(nn.Module):
+    """Learned-query block of stride 2, (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C').
+
+    The authors drop its MLP branch at random in training, and never its attention.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            out_dim: int,
+            num_heads: int,
+            kernel_size: int = 3,
+            num_queries: int = 2,
+            attn_scale_std: float = 0.02,
+            mlp_ratio: float = 4.,
+            proj_drop: float = 0.,
+            drop_path: float = 0.,
+            act_layer: Callable[..., nn.Module] = nn.GELU,
+            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
+            mlp_layer: Callable[..., nn.Module] = Mlp,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.skip = nn.Conv2d(dim, out_dim, 1, stride=2, bias=False, **dd)
+        self.norm1 = norm_layer(dim, **dd)
+        self.attn = QnAAttention(
+            dim, num_heads, kernel_size=kernel_size, stride=2, num_queries=num_queries, attn_dim=out_dim,
+            attn_scale_std=attn_scale_std, **dd)
+        self.norm2 = norm_layer(out_dim, **dd)
+        self.mlp = mlp_layer(out_dim, int(out_dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.skip(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + self.attn(self.norm1(x))
+        if torch.jit.is_scripting():
+            return x + self.drop_path2(self.mlp(self.norm2(x)))
+        else:
+            return residual(x, self.norm2, self.mlp, self.drop_path2)
+
+
+class QnAStage(nn.Module):
+    """Downsampling and blocks, (B, C, H, W) to (B, C', H', W')."""
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.ModuleList(blocks)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.downsample(x.permute(0, 2, 3, 1))
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+
+class QnAVisionTransformer(HierarchicalModel):
+    """QnA-ViT: windowed softmax attention, then local attention with learned queries, in each stage.
+
+    Takes images of any size. Windows of softmax attention cover the whole map at `img_size`; a larger map is cut into
+    windows no larger than that. `set_input_size` makes them cover the map of another size.
+
+    Paper: arXiv 2112.11435.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'avg',
+            embed_dims: Sequence[int] = (64, 128, 256, 512),
+            depths: Sequence[int] = (2, 3, 6, 2),
+            window_depths: Sequence[int] = (0, 0, 4, 2),
+            num_heads: Union[int, Sequence[int]] = (8, 16, 32, 64),
+            window_heads: Union[int, Sequence[int]] = (2, 4, 8, 16),
+            kernel_size: Union[int, Sequence[int]] = 3,
+            num_queries: int = 2,
+            attn_scale_std: float = 0.02,
+            mlp_ratios: Union[float, Sequence[float]] = 4.,
+            patch_size: Optional[int] = None,
+            patch_stride: int = 4,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'qna',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Side, or height and width, of the images whose maps the windows cover.
+            in_chans: Channels of the input images.
+            num_classes: Classes of the head, 0 for none.
+            global_pool: 'avg', or '' to leave the last map unpooled.
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage, besides the downsampling ones.
+            window_depths: How many of them, the first ones, have softmax attention over windows.
+            num_heads: Heads of the learned-query layers of each stage, its downsampling included.
+            window_heads: Heads of the windowed softmax attention of each stage.
+            kernel_size: Window side of the learned-query layers of each stage; the layer that downsamples a map has
+                that of the stage before it.
+            num_queries: Learned queries of each head.
+            attn_scale_std: Standard deviation of the tap scales of a new learned-query layer.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage, its downsampling included.
+            patch_size: Kernel of the stem convolution, `patch_stride` by default.
+            patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
+            attn_layer: Mechanism in the learned-query blocks of stride 1, by name, or a module class or factory.
+            attn_kwargs: Further arguments of that mechanism.
+            drop_rate: Dropout before the classifier.
+            proj_drop_rate: Dropout in the MLP.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+
+        Raises:
+            ValueError: A value is out of range, or the per-stage sequences differ in length.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        stages_ntuple = to_ntuple(len(depths))
+        num_heads, window_heads = stages_ntuple(num_heads), stages_ntuple(window_heads)
+        kernel_size, mlp_ratios = stages_ntuple(kernel_size), stages_ntuple(mlp_ratios)
+        check_model_args(
+            in_chans, num_classes, patch_stride, drop_path_rate, mlp_ratios, depths,
+            embed_dims=embed_dims, num_heads=num_heads, window_heads=window_heads, kernel_size=kernel_size)
+        if len(window_depths) != len(depths) or any(not 0 <= w <= n for w, n in zip(window_depths, depths)):
+            raise ValueError(
+                f'window_depths={tuple(window_depths)} must have one entry per stage, from 0 to that of '
+                f'depths={tuple(depths)}.')
+        patch_size = patch_stride if patch_size is None else patch_size
+        if patch_size < patch_stride:
+            raise ValueError(f'patch_size={patch_size} must be at least patch_stride={patch_stride}.')
+        if attn_layer == 'qna':
+            attn_kwargs = dict(dict(num_queries=num_queries, attn_scale_std=attn_scale_std), **(attn_kwargs or {}))
+        attn_factory = get_attention_layer(attn_layer)
+
+        # in execution order, where the layer that downsamples is the last of a stage
+        rates = calculate_drop_path_rates(
+            drop_path_rate, [n + int(i < len(depths) - 1) for i, n in enumerate(depths)], stagewise=True)
+        grids = self._grids(img_size, patch_stride, len(depths))
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            downsample = nn.Identity()
+            if i > 0:
+                downsample = Downsample(
+                    embed_dims[i - 1],
+                    dim,
+                    num_heads[i],
+                    kernel_size=kernel_size[i - 1],
+                    num_queries=num_queries,
+                    attn_scale_std=attn_scale_std,
+                    mlp_ratio=mlp_ratios[i],
+                    proj_drop=proj_drop_rate,
+                    drop_path=rates[i - 1][-1],
+                    **_block_layers,
+                    **dd,
+                )
+            blocks = []
+            for j in range(depths[i]):
+                if j < window_depths[i]:
+                    attn = WindowAttention(dim, window_heads[i], window_size=grids[i], **dd)
+                else:
+                    kwargs = dict(attn_kwargs or {})
+                    if attn_layer == 'qna':
+                        kwargs.setdefault('kernel_size', kernel_size[i])
+                    attn = attn_factory(dim, num_heads[i], **kwargs, **dd)
+                blocks.append(Block(
+                    dim,
+                    attn,
+                    mlp_ratio=mlp_ratios[i],
+                    proj_drop=proj_drop_rate,
+                    drop_path=rates[i][j],
+                    **_block_layers,
+                    **dd,
+                ))
+            stages.append(QnAStage(downsample, blocks))
+
+        super().__init__(
+            PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
+            stages,
+            embed_dims,
+            patch_stride=patch_stride,
+            norm=_block_layers['norm_layer'](embed_dims[-1], **dd),
+            in_chans=in_chans,
+            num_classes=num_classes,
+            global_pool=global_pool,
+            drop_rate=drop_rate,
+            **dd,
+        )
+
+    @staticmethod
+    def _grids(img_size: Union[int, Tuple[int, int]], patch_stride: int, num_stages: int) -> List[Tuple[int, int]]:
+        """Sides of the map of each stage."""
+        H, W = to_2tuple(img_size)
+        if H < 1 or W < 1:
+            raise ValueError(f'img_size={img_size} must be positive.')
+        strides = [patch_stride * 2 ** i for i in range(num_stages)]
+        return [(-(-H // stride), -(-W // stride)) for stride in strides]
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Let the windows of softmax attention cover the maps of images of another size.
+
+        Their tables of relative positions are resized, bicubic and antialiased, as for the authors' fine-tuning at 384
+        pixels. Not needed to run the model at another size: see the class.
+
+        Args:
+            img_size: Side, or height and width.
+
+        Raises:
+            ValueError: `img_size` is not positive.
+        """
+        grids = self._grids(img_size, self.feature_info[0]['reduction'], len(self.stages))
+        for stage, grid in zip(self.stages, grids):
+            for block in stage.blocks:
+                if isinstance(block.attn, WindowAttention):
+                    block.attn.set_window_size(grid)
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, (nn.Linear, nn.Conv2d)):
+            lecun_normal_(m.weight)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters'):
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Relative biases and tap scales, as in the authors' training."""
+        exempt = ('rel_pos_bias', 'attn_scale', 'relative_position_bias_table')
+        return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in exempt}
+
+
+def _from_flax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+    """Names and layouts of the authors' Flax code to ours."""
+    windows = _count(state_dict, r'LSAStage_(\d+)/MSA_Block_(\d+)/')
+    names = {
+        'StemBlock_0/conv_1x1': 'patch_embed.proj',
+        'LayerNorm_0': 'norm1',
+        'LayerNorm_1': 'norm2',
+        'MlpBlock_0/Dense_0': 'mlp.fc1',
+        'MlpBlock_0/Dense_1': 'mlp.fc2',
+        'Conv_0': 'skip',
+        'FusedKQnA_0/query': 'attn.query',
+        'FusedKQnA_0/Wk': 'attn.k.weight',
+        'FusedKQnA_0/to_v': 'attn.v',
+        'FusedKQnA_0/to_out': 'attn.proj',
+        'FusedKQnA_0/rpe_bias': 'attn.rel_pos_bias',
+        'FusedKQnA_0/attn_scale_weights': 'attn.attn_scale',
+        'MultiHeadSelfAttention_0/to_qkv': 'attn.qkv',
+        'MultiHeadSelfAttention_0/to_out': 'attn.proj',
+        'MultiHeadSelfAttention_0/RelativePositionalEmbedding_0/rpe_bias': 'attn.relative_position_bias_table',
+        'ClassificationHead_0/LayerNorm_0': 'norm',
+        'ClassificationHead_0/head_logits': 'head',
+    }
+    leaves = {'kernel': 'weight', 'scale': 'weight', 'bias': 'bias'}
+    out = {}
+    for path, v in state_dict.items():
+        prefix, rest = '', path
+        m = re.match(r'(LSA|QnA)Stage_(\d+)/(?:MSA|QnA)_Block_(\d+)(_stride_2)?/(.*)', path)
+        if m:
+            stage, block = int(m[2]), int(m[3]) - 1 + (windows.get(int(m[2]), 0) if m[1] == 'QnA' else 0)
+            prefix = f'stages.{stage + 1}.downsample.' if m[4] else f'stages.{stage}.blocks.{block}.'
+            rest = m[5]
+        module, _, leaf = rest.rpartition('/')
+        if rest in names:
+            key = names[rest]
+        elif module in names and leaf in leaves:
+            key = f'{names[module]}.{leaves[leaf]}'
+        else:
+            raise ValueError(f"The checkpoint's '{path}' has no place in a QnA-ViT with the authors' released options.")
+
+        if key.endswith(('rel_pos_bias', 'attn_scale')):
+            v = v.reshape(-1, v.shape[-1]).t()
+            k = math.isqrt(v.shape[1])
+            v = v.reshape(-1, 1, k, k)
+        elif key == 'attn.qkv.weight':
+            # columns are [q | k | v] within each head; heads follow from the table of their relative positions
+            table = path.replace('to_qkv/kernel', 'RelativePositionalEmbedding_0/rpe_bias')
+            if table not in state_dict:
+                raise ValueError(f'The checkpoint is incomplete: {table} is among the weights it lacks.')
+            heads = state_dict[table].shape[1]
+            v = v.reshape(v.shape[0], heads, 3, -1).permute(2, 1, 3, 0).reshape(-1, v.shape[0])
+        elif v.ndim == 4:
+            v = v.permute(3, 2, 0, 1)
+        elif v.ndim == 2 and key.endswith('weight'):
+            v = v.t()
+        out[prefix + key] = v.contiguous()
+    return out
+
+
+def _count(keys, pattern: str) -> Dict[int, int]:
+    """Largest second number in the keys that match, by the first."""
+    counts: Dict[int, int] = {}
+    for m in filter(None, (re.match(pattern, k) for k in keys)):
+        counts[int(m[1])] = max(counts.get(int(m[1]), 0), int(m[2]))
+    return counts
+
+
+def infer_variant(state_dict: Dict[str, torch.Tensor]) -> Optional[str]:
+    """Name of the published variant that a state dict belongs to, the authors' or ours, None if it is another."""
+    state_dict = unwrap(state_dict)
+    if any(k.startswith('StemBlock_0/') for k in state_dict):
+        state_dict = _from_flax(state_dict)
+    stem = state_dict.get('patch_embed.proj.weight')
+    first = state_dict.get('stages.0.blocks.0.attn.rel_pos_bias')
+    if stem is None or first is None:
+        return None
+    depths = _count(state_dict, r'stages\.(\d+)\.blocks\.(\d+)\.')
+    shape = (stem.shape[0], first.shape[-1], tuple(1 + depths[i] for i in sorted(depths)))
+    return {
+        (64, 3, (2, 3, 6, 2)): 'qna_vit_tiny',
+        (64, 7, (2, 3, 6, 2)): 'qna_vit_tiny_7x7',
+        (64, 3, (2, 3, 18, 2)): 'qna_vit_small',
+        (96, 3, (2, 3, 18, 2)): 'qna_vit_base',
+    }.get(shape)
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take the parameters of the authors' Flax code, paths joined by '/', or a state dict of ours.
+
+    Tables of relative positions are resized to the model's windows, those of the taps to its kernel size, bicubic and
+    antialiased as in the authors' fine-tuning. A classifier for another number of classes than the model's is replaced
+    by the model's own, with a warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+
+    Raises:
+        ValueError: The weights belong to another architecture or variant, or some are missing.
+    """
+    state_dict = unwrap(state_dict)
+    if 'StemBlock_0/conv_1x1/kernel' in state_dict:
+        state_dict = _from_flax(state_dict)
+    elif 'patch_embed.proj.weight' not in state_dict:
+        raise not_a_checkpoint_of(state_dict, model)
+    variant = infer_variant(state_dict)
+
+    own = model.state_dict()
+    out = dict(state_dict)
+    for k, v in state_dict.items():
+        if k not in own or own[k].shape == v.shape:
+            continue
+        if k.endswith('relative_position_bias_table') and v.ndim == 2 and v.shape[1] == own[k].shape[1]:
+            window = model.get_submodule(k.rpartition('.')[0]).window_size
+            side = (math.isqrt(len(v)) + 1) // 2
+            if (2 * side - 1) ** 2 == len(v):
+                out[k] = resize_relative_position_bias_table(v, (side, side), window)
+        elif k.endswith(('rel_pos_bias', 'attn_scale')) and v.ndim == 4 and v.shape[:2] == own[k].shape[:2]:
+            size = own[k].shape[2:]
+            out[k] = F.interpolate(v.float(), size=size, mode='bicubic', antialias=True).to(v.dtype)
+    try:
+        return fit(out, model)
+    except ValueError as e:
+        raise ValueError(f'{e} It looks like one of {variant}.') from None if variant else e
+
+
+def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        QnAVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'mit',
+        'origin_url': 'https://github.com/moabarar/qna',
+        'paper_ids': 'arXiv:2112.11435',
+        'paper_name': 'Learned Queries for Efficient Local Attention',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'qna_vit_nano.untrained': _cfg(
+        input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, license='apache-2.0', origin_url=None),
+    'qna_vit_tiny.in1k': _cfg(),
+    'qna_vit_tiny_7x7.in1k': _cfg(),
+    'qna_vit_small.in1k': _cfg(),
+    'qna_vit_base.in1k': _cfg(),
+})
+
+
+@register_model
+def qna_vit_nano(pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    """QnA-ViT-Nano (ours), for images of 32 to 64 pixels."""
+    model_args = dict(
+        img_size=32, embed_dims=(32, 64, 128, 160), depths=(2, 3, 3, 1), window_depths=(0, 0, 1, 1),
+        num_heads=(16, 32, 32, 40), window_heads=(1, 2, 4, 5), attn_scale_std=1., mlp_ratios=(4., 4., 3., 2.),
+        patch_size=4, patch_stride=2)
+    return _create_qna_vit('qna_vit_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def qna_vit_tiny(pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    """QnA-ViT-Tiny; the authors train it with `drop_path_rate=0.05`."""
+    return _create_qna_vit('qna_vit_tiny', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def qna_vit_tiny_7x7(pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    """QnA-ViT-Tiny with 7x7 windows; the authors train it with `drop_path_rate=0.05`."""
+    return _create_qna_vit('qna_vit_tiny_7x7', pretrained=pretrained, **dict(dict(kernel_size=7), **kwargs))
+
+
+@register_model
+def qna_vit_small(pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    """QnA-ViT-Small; the authors train it with `drop_path_rate=0.2`."""
+    model_args = dict(depths=(2, 3, 18, 2), window_depths=(0, 0, 12, 2))
+    return _create_qna_vit('qna_vit_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def qna_vit_base(pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
+    """QnA-ViT-Base; the authors train it with `drop_path_rate=0.5`."""
+    model_args = dict(
+        embed_dims=(96, 192, 384, 768), depths=(2, 3, 18, 2), window_depths=(0, 0, 12, 2), num_heads=(6, 12, 24, 48),
+        window_heads=(3, 6, 12, 24))
+    return _create_qna_vit('qna_vit_base', pretrained=pretrained, **dict(model_args, **kwargs))
