@@ -3,15 +3,19 @@
 
     .venv/bin/python scripts/benchmark.py latency vvt_small convnext_tiny --sizes 224 1024 --dtypes fp32 bf16
     .venv/bin/python scripts/benchmark.py scaling vvt_small --sizes 512 1024 2048 4096 --dtypes bf16
+    .venv/bin/python scripts/benchmark.py layers qna unfold window dwconv --sizes 56 112 --kernels 3 7 11 --batches 4
 
 `latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so
 that a noisy machine disturbs all alike. `scaling` runs one image of each size in a process of its own, and reports the
 peak resident memory of that process and the exponents of time and memory against pixels. Nothing else should be
-running. --keep-memory makes glibc's allocator keep freed memory instead of returning it to the kernel; --also
-PATH:MODULE:NAME adds the model function NAME of a module in the folder PATH that timm does not know.
+running. `layers` compares layers that look at k x k windows of a map, projections included: learned-query attention
+('qna', see `make_layer` for the others), at --dim channels; peak_mib is what a pass adds to the memory of the process.
+--keep-memory makes glibc's allocator keep freed memory instead of returning it to the kernel; --also PATH:MODULE:NAME
+adds the model function NAME of a module in the folder PATH that timm does not know.
 """
 import argparse
 import csv
+import gc
 import importlib
 import json
 import math
@@ -25,17 +29,19 @@ import time
 
 KEEP_MEMORY = {
     'MALLOC_MMAP_THRESHOLD_': '4294967296', 'MALLOC_TRIM_THRESHOLD_': '8589934592', 'MALLOC_TOP_PAD_': '268435456'}
-FIELDS = ['model', 'size', 'batch', 'dtype', 'mode', 'threads', 'allocator', 'median_ms', 'p25_ms', 'p75_ms', 'rounds',
-          'ms_per_image', 'peak_mib', 'cpu', 'torch', 'timm', 'vitlinear']
+FIELDS = ['model', 'size', 'kernel', 'batch', 'dtype', 'mode', 'threads', 'allocator', 'median_ms', 'p25_ms', 'p75_ms',
+          'rounds', 'ms_per_image', 'peak_mib', 'cpu', 'torch', 'timm', 'vitlinear']
 
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('latency', 'scaling', 'point'), help=argparse.SUPPRESS)
+    parser.add_argument('what', choices=('latency', 'scaling', 'layers', 'point', 'layer'), help=argparse.SUPPRESS)
     parser.add_argument('models', nargs='+')
     parser.add_argument('--sizes', type=int, nargs='+', default=[224])
     parser.add_argument('--batches', type=int, nargs='+', default=[1])
     parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=('fp32', 'bf16'))
+    parser.add_argument('--kernels', type=int, nargs='+', default=[3], help='window sides, for `layers`')
+    parser.add_argument('--dim', type=int, default=64, help='channels, for `layers`, in heads of 8')
     parser.add_argument('--train', action='store_true', help='time a training step (forward and backward) instead')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--rounds', type=int, default=11, help='timed passes of each model, after two untimed ones')
@@ -95,9 +101,137 @@ def make_step(name: str, size: int, batch: int, dtype: str, args: argparse.Names
     return step
 
 
+def make_layer(name: str, dim: int, kernel: int):
+    """A layer that looks at kernel x kernel windows of a (B, H, W, dim) map."""
+    import torch
+    from torch import nn
+    from vitlinear.attention import QnAAttention, WindowAttention, reference
+
+    class Unfold(QnAAttention):
+        """The same layer with its windows unfolded, as local attention is commonly written."""
+
+        def forward(self, x):
+            weight, bias, _, proj = self.fold(x.dtype)
+            joint = nn.functional.linear(x, weight, bias).unflatten(3, (-1, self.num_heads))
+            v, score = joint[:, :, :, :self.head_dim], joint[:, :, :, -self.num_queries:]
+            x = reference.qna_attention(score, v, self.rel_pos_bias, self.attn_scale, self.stride)
+            return nn.functional.linear(x.flatten(3), proj)
+
+    class Depthwise(nn.Module):
+        """Depthwise convolution between two projections."""
+
+        def __init__(self):
+            super().__init__()
+            self.v, self.proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
+            self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
+
+        def forward(self, x):
+            return self.proj(self.conv(self.v(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+    class Products(nn.Module):
+        """The matrix products of 'qna' alone."""
+
+        def __init__(self):
+            super().__init__()
+            self.v, self.proj = nn.Linear(dim, dim + dim // 4, bias=False), nn.Linear(dim, dim, bias=False)
+
+        def forward(self, x):
+            return self.proj(self.v(x)[..., :dim])
+
+    torch.manual_seed(0)
+    return {
+        'qna': lambda: QnAAttention(dim, dim // 8, kernel_size=kernel),
+        'shift': lambda: QnAAttention(dim, dim // 8, kernel_size=kernel, impl='shift'),
+        'unfold': lambda: Unfold(dim, dim // 8, kernel_size=kernel),
+        'window': lambda: WindowAttention(dim, dim // 32, window_size=kernel),
+        'dwconv': Depthwise,
+        'products': Products,
+    }[name]()
+
+
+def make_layer_step(name: str, size: int, kernel: int, batch: int, dtype: str, args: argparse.Namespace):
+    """A function that runs one pass of a layer."""
+    import torch
+    layer = make_layer(name, args.dim, kernel)
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+    x = torch.randn(batch, size, size, args.dim)
+    if args.train:
+        layer.train()
+        x.requires_grad_()
+
+        def step():
+            with torch.autocast('cpu', dtype, enabled=dtype != torch.float32):
+                loss = layer(x).float().square().mean()
+            layer.zero_grad()
+            loss.backward()
+    else:
+        layer.eval().to(dtype)
+        x = x.to(dtype)
+
+        def step():
+            with torch.inference_mode():
+                layer(x)
+    return step
+
+
+def layer(args: argparse.Namespace) -> None:
+    """One layer in this process: the memory that passes add to it."""
+    step = make_layer_step(
+        args.models[0], args.sizes[0], args.kernels[0], args.batches[0], args.dtypes[0], args)
+    step()
+    gc.collect()
+    with open('/proc/self/clear_refs', 'w') as f:
+        f.write('5')  # the peak so far is forgotten
+    before = resident('VmRSS')
+    step()
+    print((resident('VmHWM') - before) / 1024)
+
+
+def resident(field: str) -> int:
+    """Resident memory of this process in KiB, now (VmRSS) or at its peak (VmHWM)."""
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field))
+
+
+def layers(args: argparse.Namespace) -> None:
+    common = facts(args)
+    for size in args.sizes:
+        for kernel in args.kernels:
+            for batch in args.batches:
+                for dtype in args.dtypes:
+                    steps = {n: make_layer_step(n, size, kernel, batch, dtype, args) for n in args.models}
+                    times = interleave(steps, args.rounds)
+                    for name, ms in times.items():
+                        command = [sys.executable, __file__, 'layer', name, '--sizes', str(size), '--kernels',
+                                   str(kernel), '--batches', str(batch), '--dtypes', dtype, '--dim', str(args.dim),
+                                   '--threads', str(args.threads)] + ['--train'] * args.train
+                        run = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
+                        low, median, high = quartiles(ms)
+                        emit(dict(
+                            common, model=f'{name} ({args.dim} channels)', size=size, kernel=kernel, batch=batch,
+                            dtype=dtype, median_ms=median, p25_ms=low, p75_ms=high, rounds=len(ms),
+                            ms_per_image=median / batch, peak_mib=float(run.stdout.splitlines()[-1])), args.out)
+
+
+def interleave(steps: dict, rounds: int) -> dict:
+    """Milliseconds of each step's passes, taken in turns, after two untimed ones."""
+    times = {name: [] for name in steps}
+    for i in range(rounds + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if i >= 2:
+                times[name].append(1e3 * (time.perf_counter() - start))
+    return times
+
+
+def quartiles(ms: list) -> list:
+    return statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+
+
 def emit(row: dict, out: str) -> None:
     row = {k: f'{v:.2f}' if isinstance(v, float) else v for k, v in row.items()}
-    print('  '.join(f'{k}={row[k]}' for k in FIELDS[:5] + FIELDS[7:10] + ['peak_mib'] if k in row), flush=True)
+    print('  '.join(f'{k}={row[k]}' for k in FIELDS[:6] + FIELDS[8:11] + ['peak_mib'] if k in row), flush=True)
     if out:
         new = not os.path.exists(out)
         with open(out, 'a', newline='') as f:
@@ -113,15 +247,8 @@ def latency(args: argparse.Namespace) -> None:
         for batch in args.batches:
             for dtype in args.dtypes:
                 steps = {name: make_step(name, size, batch, dtype, args) for name in args.models + args.also}
-                times = {name: [] for name in steps}
-                for i in range(args.rounds + 2):
-                    for name, step in steps.items():
-                        start = time.perf_counter()
-                        step()
-                        if i >= 2:
-                            times[name].append(1e3 * (time.perf_counter() - start))
-                for name, ms in times.items():
-                    low, median, high = statistics.quantiles(ms, n=4) if len(ms) > 1 else ms * 3
+                for name, ms in interleave(steps, args.rounds).items():
+                    low, median, high = quartiles(ms)
                     emit(dict(
                         common, model=':'.join(name.split(':')[-2:]), size=size, batch=batch, dtype=dtype,
                         median_ms=median, p25_ms=low, p75_ms=high, rounds=len(ms), ms_per_image=median / batch,
@@ -181,7 +308,7 @@ def main() -> None:
         path, module, _ = name.split(':')
         sys.path.insert(0, path)
         importlib.import_module(module)
-    dict(latency=latency, scaling=scaling, point=point)[args.what](args)
+    dict(latency=latency, scaling=scaling, layers=layers, point=point, layer=layer)[args.what](args)
 
 
 if __name__ == '__main__':
