@@ -7,6 +7,14 @@ from typing import List, Optional
 COMMANDS = {
     'train': ('vitlinear.train', 'train or fine-tune a classifier'),
     'validate': ('vitlinear.validate', 'measure the accuracy of a model or checkpoint'),
+    'convert': ('vitlinear.checkpoints.convert', 'write a checkpoint of any kind as a folder for the Hub'),
+    'export': ('vitlinear.checkpoints.export', 'write a training run as a folder for the Hub'),
+    'push': ('vitlinear.checkpoints.publish:main_push', 'send such a folder to the Hub'),
+    'pull': ('vitlinear.checkpoints.publish:main_pull', 'download such a folder from the Hub and check it'),
+    'verify': ('vitlinear.checkpoints.publish:main_verify', 'check the weights of a folder, a repository or a tag'),
+    'list': ('vitlinear.info:main_list', 'list the models and the weights there are for them'),
+    'info': ('vitlinear.info:main_info', 'say what is known about one model'),
+    'card': ('vitlinear.checkpoints.cards', 'write the card of a checkpoint, or a page of all models'),
     'run': ('vitlinear.run', "run timm's train.py, benchmark.py, ... with the models of vitlinear"),
 }
 
@@ -39,7 +47,8 @@ def main(argv: Optional[List[str]] = None) -> int:
     if command not in COMMANDS:
         print(f'vitlinear: error: unknown command {command}; one of: {", ".join(COMMANDS)}', file=sys.stderr)
         return 2
-    return import_module(COMMANDS[command][0]).main(rest)
+    module, _, function = COMMANDS[command][0].partition(':')
+    return getattr(import_module(module), function or 'main')(rest)
 
 
 if __name__ == '__main__':
