@@ -471,11 +471,11 @@ def test_windows_cover_larger_maps():
     """At another size the same weights run: a map no larger than the window is one, a larger one is cut."""
     model = randomize(timm.create_model('qna_vit_nano', num_classes=5))
     attn = model.stages[2].blocks[0].attn
-    assert attn.window_size == (4, 4)
+    assert attn.window_size == (8, 8)
     calls = []
     attend = attn._attend
     attn._attend = lambda x, h, w: calls.append((tuple(x.shape[1:3]), h, w)) or attend(x, h, w)
-    for size, expected in (((32, 32), [((4, 4), 4, 4)]), ((20, 30), [((3, 4), 3, 4)]), ((64, 32), [((8, 4), 4, 4)])):
+    for size, expected in (((64, 64), [((8, 8), 8, 8)]), ((20, 30), [((3, 4), 3, 4)]), ((128, 64), [((16, 8), 8, 8)])):
         calls.clear()
         model(images(1, 3, *size))
         assert calls == expected, size
