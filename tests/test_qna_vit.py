@@ -201,6 +201,13 @@ def test_state_shapes(variant: str):
     assert infer_variant({'model': {f'module.{k}': v for k, v in theirs.items()}}) == variant
 
 
+def test_a_variant_without_a_name_is_given_none():
+    theirs = QnAVisionTransformer(**SMALL, num_classes=5).state_dict()
+    with pytest.raises(ValueError, match='another variant') as caught:
+        checkpoint_filter_fn(theirs, timm.create_model('qna_vit_tiny', device='meta'))
+    assert 'looks like' not in str(caught.value)
+
+
 def test_inferred_variant_of_others():
     assert infer_variant(timm.create_model('qna_vit_nano', device='meta').state_dict()) is None
     assert infer_variant(timm.create_model('vvt_nano', device='meta').state_dict()) is None

@@ -428,7 +428,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     try:
         return fit(out, model)
     except ValueError as e:
-        raise ValueError(f'{e} It looks like one of {variant}.') from None if variant else e
+        if variant is None:
+            raise
+        raise ValueError(f'{e} It looks like one of {variant}.') from None
 
 
 def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
