@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
-import torch
 from timm.models import model_entrypoint
-from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401  registers the models
 from vitlinear._script import Parser, UsageError, run_script, suggest
+from vitlinear.checkpoints.export import count_macs
 from vitlinear.checkpoints.hub import hub_org
 from vitlinear.checkpoints.records import Record, find_record, records
 
@@ -132,10 +131,8 @@ def noted() -> Dict[str, Dict[str, Any]]:
 @lru_cache(maxsize=None)
 def count(name: str) -> Tuple[int, int]:
     """Parameters of a model, and multiply-accumulates for one image of its default size, by running it on 'meta'."""
-    model = timm.create_model(name, device='meta').eval()
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model(torch.empty(1, *model.pretrained_cfg['input_size'], device='meta'))
-    return sum(p.numel() for p in model.parameters()), counter.get_total_flops() // 2
+    model = timm.create_model(name, device='meta')
+    return sum(p.numel() for p in model.parameters()), count_macs(model, model.pretrained_cfg['input_size'])
 
 
 def published(architecture: str) -> Optional[Accuracy]:

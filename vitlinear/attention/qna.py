@@ -29,9 +29,9 @@ from ._common import (
     InferenceCache,
     band_rows,
     check_heads,
+    init_lecun_,
     is_eager,
     is_plain,
-    lecun_normal_,
     linear,
     use_bands,
 )
@@ -270,10 +270,24 @@ def qna_attention(
     _check_kernel_size(rel_pos_bias.shape[3])
     if stride < 1:
         raise ValueError(f'stride={stride} must be positive.')
+    return _attend_to(score, v, rel_pos_bias, attn_scale, stride, impl)
+
+
+def _attend_to(
+        score: torch.Tensor,
+        v: torch.Tensor,
+        rel_pos_bias: torch.Tensor,
+        attn_scale: Optional[torch.Tensor],
+        stride: int,
+        impl: str,
+        scale: float = 1.,
+) -> torch.Tensor:
+    """`_attend` for scores and values that are apart."""
+    L, heads = score.shape[3], score.shape[4]
     with torch.autocast(device_type=v.device.type, enabled=False):
         joint = torch.cat([v, torch.ones_like(v[:, :, :, :1]), score.to(v.dtype)], dim=3).flatten(3)
-        kernel = _window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3])
-        return _attend(joint, kernel, rel_pos_bias, attn_scale, score.shape[3], score.shape[4], stride, impl)
+        kernel = _window_kernel(rel_pos_bias, attn_scale, L, v.shape[3], scale)
+        return _attend(joint, kernel, rel_pos_bias, attn_scale, L, heads, stride, impl, scale)
 
 
 def _attend(
@@ -326,13 +340,6 @@ def _init_query(query: torch.Tensor, head_dim: int) -> None:
     nn.init.trunc_normal_(query, std=1., a=-2., b=2.)
     with torch.no_grad():
         query.mul_(head_dim ** -0.5)
-
-
-def _init_layers(*layers: nn.Linear) -> None:
-    for layer in layers:
-        lecun_normal_(layer.weight)
-        if layer.bias is not None:
-            nn.init.zeros_(layer.bias)
 
 
 class QnAAttention(nn.Module):
@@ -412,7 +419,8 @@ class QnAAttention(nn.Module):
         self.proj = nn.Linear(attn_dim, out_dim, bias=proj_bias, **dd)
         self._cache = InferenceCache()
         self.reset_parameters()
-        _init_layers(self.k, self.v, self.proj)
+        for layer in (self.k, self.v, self.proj):
+            init_lecun_(layer)
 
     @torch.jit.ignore
     def reset_parameters(self) -> None:
@@ -483,11 +491,7 @@ class QnAAttention(nn.Module):
         with torch.autocast(device_type=x.device.type, enabled=False):
             query = _unit_query(self.query, heads, self.normalize_query)
             score = torch.einsum('bhwad,lad->bhwla', _at_least_float32(k), query)
-            joint = torch.cat([v, torch.ones_like(v[:, :, :, :1]), score.to(v.dtype)], dim=3).flatten(3)
-            kernel = _window_kernel(self.rel_pos_bias, self.attn_scale, self.num_queries, d, self.scale)
-            x = _attend(
-                joint, kernel, self.rel_pos_bias, self.attn_scale, self.num_queries, heads, self.stride, self.impl,
-                self.scale)
+        x = _attend_to(score, v, self.rel_pos_bias, self.attn_scale, self.stride, self.impl, self.scale)
         return self.proj(x.transpose(3, 4).flatten(3))
 
     @torch.jit.unused
@@ -592,7 +596,8 @@ class QnAUpsample(nn.Module):
             torch.empty(scale_factor ** 2 * num_heads, 1, kernel_size, kernel_size, **dd))
         self.proj = nn.Linear(dim, out_dim, bias=proj_bias, **dd)
         self.reset_parameters()
-        _init_layers(self.k, self.v, self.proj)
+        for layer in (self.k, self.v, self.proj):
+            init_lecun_(layer)
 
     def reset_parameters(self) -> None:
         """Initialise queries and biases as in `QnAAttention`."""

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import InferenceCache, call_linear, check_heads, lecun_normal_, use_bands
+from ._common import InferenceCache, call_linear, check_heads, init_lecun_, use_bands
 
 
 def relative_position_bias(table: torch.Tensor, window_size: Tuple[int, int], height: int, width: int) -> torch.Tensor:
@@ -92,9 +92,7 @@ class WindowAttention(nn.Module):
         self._cache = InferenceCache()
         self.reset_parameters()
         for layer in (self.qkv, self.proj):
-            lecun_normal_(layer.weight)
-            if layer.bias is not None:
-                nn.init.zeros_(layer.bias)
+            init_lecun_(layer)
 
     @staticmethod
     def _check_window_size(window_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:

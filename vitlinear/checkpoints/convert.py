@@ -14,7 +14,7 @@ import re
 import sys
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, Iterator, Optional, Sequence
 
 import timm
 import torch
@@ -27,6 +27,7 @@ import vitlinear  # noqa: F401  registers the models
 from .. import _script
 from .._script import UsageError, suggest, usage_errors
 from .._timm import read_weights
+from ..info import architectures, is_ours
 from ._flax import is_flax
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
 from .hub import sha256
@@ -39,10 +40,6 @@ _FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'i
 
 def _family(architecture: str) -> Any:
     return sys.modules[timm.models.model_entrypoint(architecture).__module__]
-
-
-def _ours() -> List[str]:
-    return [name for name in timm.list_models() if _family(name).__name__.startswith('vitlinear.')]
 
 
 def _fits(state_dict: Dict[str, torch.Tensor], architecture: str, kwargs: Dict[str, Any]) -> Optional[str]:
@@ -181,8 +178,8 @@ def convert(
         The record.
     """
     architecture, _, named = model.partition('.')
-    if not timm.is_model(architecture) or architecture not in _ours():
-        raise UsageError(f'--model {model}: no model of vitlinear{suggest(architecture, _ours())}')
+    if not is_ours(architecture):
+        raise UsageError(f'--model {model}: no model of vitlinear{suggest(architecture, architectures())}')
     if not path.is_file():
         raise UsageError(f'{path} is no file')
     tag = split_name(folder, architecture, tag or named, 'converted')

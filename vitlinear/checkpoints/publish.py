@@ -29,14 +29,14 @@ from .._script import RunError, UsageError, suggest
 from .export import check_target, new_folder
 from .hub import HubError, IntegrityError, cache_digest, check_file, download, hub_errors, hub_org, sha256, weights_repo
 from .records import (
-    RECORD_NAME, WEIGHTS_NAME, Hub, Record, RecordError, find_record, read_record, record_text, records, write_record,
+    RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, RecordError, find_record, read_record, record_text, records,
+    write_record,
 )
 
 __all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
 
 _CARD_NAME = 'README.md'
 _PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')
-_REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', re.ASCII)
 
 
 def _is_pickle(path: Path) -> bool:
@@ -182,7 +182,7 @@ class Upload(NamedTuple):
 
 
 def _check_repo_id(repo_id: str) -> None:
-    if not _REPO_ID.fullmatch(repo_id):
+    if not REPO_ID.fullmatch(repo_id):
         raise UsageError(f"{repo_id} is no name of a repository on the Hub, which looks like org/name")
 
 
@@ -392,7 +392,7 @@ def _verify(argv: Optional[Sequence[str]]) -> None:
     with _run_errors():
         if Path(what).is_dir():
             _tell(what, folder_problems(what))
-        elif _REPO_ID.fullmatch(repo_id):
+        elif REPO_ID.fullmatch(repo_id):
             record = find_record(repo_id.rpartition('/')[2])
             ours = record and repo_id in (record.hub.repo_id, f'{hub_org()}/{record.name}')
             _tell(what, repo_problems(repo_id, revision or None, record if ours else None))

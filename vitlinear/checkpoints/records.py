@@ -22,7 +22,7 @@ RECORD_NAME = 'record.json'
 WEIGHTS_NAME = 'model.safetensors'
 
 _ARCH_TAG = re.compile(r'[a-z][a-z0-9_]*\.[A-Za-z0-9_]+')
-_REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', re.ASCII)
+REPO_ID = re.compile(r'[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*', re.ASCII)
 _DATASET_ID = re.compile(r'([A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*', re.ASCII)
 _INTERPOLATIONS = ('nearest', 'bilinear', 'bicubic', 'box', 'hamming', 'lanczos', 'random')
 
@@ -44,7 +44,7 @@ class Hub:
 
     def check(self, where: str) -> None:
         if self.repo_id is not None:
-            _need(_REPO_ID.fullmatch(self.repo_id), f'{where}.repo_id', self.repo_id, "null or of the form 'org/name'")
+            _need(REPO_ID.fullmatch(self.repo_id), f'{where}.repo_id', self.repo_id, "null or of the form 'org/name'")
         if self.revision is not None:
             _need(re.fullmatch('[0-9a-f]{40}', self.revision), f'{where}.revision', self.revision,
                   'null or a commit of 40 hexadecimal digits')

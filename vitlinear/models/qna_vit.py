@@ -29,7 +29,7 @@ from timm.models import generate_default_cfgs, register_model
 
 from .._timm import build_model, checkpoint, register_notrace_module
 from ..attention import QnAAttention, WindowAttention, get_attention_layer
-from ..attention._common import lecun_normal_
+from ..attention._common import init_lecun_
 from ..attention.window import resize_relative_position_bias_table
 from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, residual
 from ._weights import fit, not_a_checkpoint_of, unwrap
@@ -293,11 +293,9 @@ class QnAVisionTransformer(HierarchicalModel):
 
     def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
         if isinstance(m, (nn.Linear, nn.Conv2d)):
-            lecun_normal_(m.weight)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()
+            init_lecun_(m)
+        else:
+            super()._init_weights(m, needs_reset)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
