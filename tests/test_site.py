@@ -31,7 +31,7 @@ for (const text of ['Model', 'Top-1 %', 'Parameters (M)']) {
 seen.sorted = document.querySelectorAll('[aria-sort]').length;
 location.hash = document.querySelector('#zoo a').getAttribute('href');
 setTimeout(() => {
-  seen.open = document.querySelector('#cards ~ details').open;
+  seen.open = document.getElementById(decodeURIComponent(location.hash.slice(1))).closest('details').open;
   document.title = JSON.stringify(seen);
 }, 100);
 </script>'''

@@ -31,6 +31,7 @@ from .._timm import build_model, checkpoint, register_notrace_module
 from ..attention import QnAAttention, WindowAttention, get_attention_layer
 from ..attention._common import init_lecun_
 from ..attention.window import resize_relative_position_bias_table
+from ..checkpoints.records import weights_cfg
 from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, residual
 from ._weights import fit, not_a_checkpoint_of, unwrap
 
@@ -464,7 +465,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'qna_vit_nano.untrained': _cfg(
+    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
+    'qna_vit_nano.fashion_mnist': _cfg(origin_url=None, **weights_cfg('qna_vit_nano.fashion_mnist')),
+    'qna_vit_nano.untrained*': _cfg(
         input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, license='apache-2.0', origin_url=None),
     'qna_vit_tiny.in1k': _cfg(),
     'qna_vit_tiny_7x7.in1k': _cfg(),
