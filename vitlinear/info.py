@@ -12,6 +12,7 @@ import sys
 import textwrap
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
@@ -255,25 +256,22 @@ def _say(text: str) -> None:
 
 
 def _table(models: Sequence[Model]) -> str:
-    rows = []
-    for m in models:
-        accuracy = f'{percent(m.accuracy.value)} {m.accuracy.source}' if m.accuracy else '-'
-        rows.append((
-            m.name, short(m.parameters), short(m.macs), 'x'.join(str(n) for n in m.input_size), accuracy,
-            m.weights.kind if m.weights else '-'))
     header = ('model', 'params', 'MACs', 'input', 'top-1 %', 'weights')
-    widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-
-    def line(row: Sequence[str]) -> str:
-        cells = [c.rjust(w) if i in (1, 2) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
-        return '  '.join(cells).rstrip()
-
     lines = []
-    for i, (model, row) in enumerate(zip(models, rows)):
-        if not i or model.family != models[i - 1].family:
-            family = family_of(model.architecture)
-            lines += ['', ' '.join(filter(None, (f'{family.name}: {family.title}', family.url))), line(header)]
-        lines.append(line(row))
+    for _, group in groupby(models, key=lambda m: m.family):
+        group = list(group)
+        rows = [header]
+        for m in group:
+            accuracy = f'{percent(m.accuracy.value)} {m.accuracy.source}' if m.accuracy else '-'
+            rows.append((
+                m.name, short(m.parameters), short(m.macs), 'x'.join(str(n) for n in m.input_size), accuracy,
+                m.weights.kind if m.weights else '-'))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        family = family_of(group[0].architecture)
+        lines += ['', ' '.join(filter(None, (f'{family.name}: {family.title}', family.url)))]
+        for row in rows:
+            cells = [c.rjust(w) if i in (1, 2) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
+            lines.append('  '.join(cells).rstrip())
     return '\n'.join(lines[1:])
 
 

@@ -21,6 +21,8 @@ from ..attention._common import band_rows, depthwise, has_hooks, is_plain, plain
 # 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
 MLP_BAND = 2 ** 21
 
+AttnLayer = Union[str, Callable[..., nn.Module]]
+
 for _layer in ATTENTION_LAYERS.values():
     register_notrace_module(_layer)
 
@@ -540,7 +542,7 @@ class Pyramid(HierarchicalModel):
             mlp_ratios: Union[float, Sequence[float]] = 4.,
             patch_size: int = 7,
             patch_stride: int = 4,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'softmax',
+            attn_layer: Union[AttnLayer, Sequence[AttnLayer]] = 'softmax',
             attn_kwargs: Optional[Dict[str, Any]] = None,
             act_layer: Type[nn.Module] = nn.GELU,
             drop_rate: float = 0.,
@@ -560,7 +562,8 @@ class Pyramid(HierarchicalModel):
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             patch_size: Kernel of the stem convolution, odd.
             patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
-            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory.
+            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory;
+                one for all stages or one for each.
             attn_kwargs: Further arguments of the mechanism.
             act_layer: Activation of the MLP.
             drop_rate: Dropout before the classifier.
@@ -578,11 +581,14 @@ class Pyramid(HierarchicalModel):
             embed_dims=embed_dims, num_heads=num_heads)
         if patch_size < patch_stride or patch_size % 2 == 0:
             raise ValueError(f'patch_size={patch_size} must be odd and at least patch_stride={patch_stride}.')
-        attn_layer = get_attention_layer(attn_layer)
+        attn_layer = to_ntuple(len(depths))(attn_layer)
+        if len(attn_layer) != len(depths):
+            raise ValueError(f'attn_layer={attn_layer} must have one entry per stage, as depths={tuple(depths)}.')
+        attn_layer = [get_attention_layer(layer) for layer in attn_layer]
         drop_path = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
         stages = []
         for i, dim in enumerate(embed_dims):
-            attn_layers = [attn_layer(dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
+            attn_layers = [attn_layer[i](dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
             stages.append(PyramidStage(
                 embed_dims[max(i - 1, 0)],
                 dim,

@@ -1,7 +1,7 @@
 """What the checkpoint filters of all families do: unwrap a file's containers and see whether it fits the model."""
 import logging
 import re
-from typing import Any, Dict, Iterable
+from typing import Any, Dict, Iterable, Tuple
 
 import torch
 from torch import nn
@@ -24,43 +24,54 @@ def not_a_checkpoint_of(state_dict: Dict[str, Any], model: nn.Module) -> ValueEr
 
 
 def _depths(keys: Iterable[str]) -> Dict[int, int]:
-    """Blocks per stage, counted in state dict keys."""
-    matches = (re.match(r'stages\.(\d+)\.blocks\.(\d+)\.', k) for k in keys)
-    found = [(int(m[1]), int(m[2])) for m in matches if m]
+    """Blocks per stage, counted in state dict keys; a model without stages counts as one."""
+    matches = (re.match(r'(?:stages\.(\d+)\.)?blocks\.(\d+)\.', k) for k in keys)
+    found = [(int(m[1] or 0), int(m[2])) for m in matches if m]
     return {stage: 1 + max(block for s, block in found if s == stage) for stage, _ in sorted(found)}
 
 
-def fit(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def fit(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        stem: str = 'patch_embed.proj',
+        heads: Tuple[str, ...] = ('head.', 'head_dist.'),
+) -> Dict[str, torch.Tensor]:
     """See that a state dict in our names is one of the model's architecture, and fit its classifier to the model.
 
     A classifier for another number of classes is replaced by the model's own, with a warning. The stem may differ in
     its input channels, which timm adapts.
 
+    Args:
+        state_dict: Weights.
+        model: The model to load them into.
+        stem: Name of the first convolution.
+        heads: How the names of classifiers begin.
+
     Raises:
         ValueError: The weights belong to another architecture or variant, or some are missing.
     """
     own = model.state_dict()
-    if 'patch_embed.proj.weight' not in state_dict:
+    if f'{stem}.weight' not in state_dict:
         raise not_a_checkpoint_of(state_dict, model)
     theirs, ours = _depths(state_dict), _depths(own)
     if theirs != ours:
         raise ValueError(
             f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
             f'the model has {list(ours.values())}.')
-    missing = [k for k in own if k not in state_dict and not k.startswith('head.')]
+    missing = [k for k in own if k not in state_dict and not k.startswith(heads)]
     if missing:
         raise ValueError(f"The checkpoint is incomplete: {', '.join(missing[:3])} are among the weights it lacks.")
     for k, v in state_dict.items():
-        if k in own and v.shape != own[k].shape and not k.startswith(('head.', 'patch_embed.proj.')):
+        if k in own and v.shape != own[k].shape and not k.startswith((*heads, f'{stem}.')):
             raise ValueError(
                 f'The checkpoint is of another variant: {k} has shape {tuple(v.shape)}, '
                 f'the model expects {tuple(own[k].shape)}.')
 
-    if 'head.weight' in state_dict and 'head.weight' not in own:
-        state_dict = {k: v for k, v in state_dict.items() if not k.startswith('head.')}
-    elif 'head.weight' in state_dict and state_dict['head.weight'].shape != own['head.weight'].shape:
+    state_dict = {k: v for k, v in state_dict.items() if k in own or not k.startswith(heads)}
+    other = [k for k in state_dict if k.startswith(heads) and state_dict[k].shape != own[k].shape]
+    if other:
         _logger.warning(
-            f"The checkpoint's head has {len(state_dict['head.weight'])} classes, the model {len(own['head.weight'])}: "
+            f"The checkpoint's head has {len(state_dict[other[0]])} classes, the model {len(own[other[0]])}: "
             f'the head is not loaded.')
-        state_dict = {**state_dict, **{k: v for k, v in own.items() if k.startswith('head.')}}
+        state_dict.update({k: own[k] for k in other})
     return state_dict
