@@ -4,16 +4,20 @@
     .venv/bin/python scripts/benchmark.py latency vvt_small convnext_tiny --sizes 224 1024 --dtypes fp32 bf16
     .venv/bin/python scripts/benchmark.py scaling vvt_small --sizes 512 1024 2048 4096 --dtypes bf16
     .venv/bin/python scripts/benchmark.py layers qna unfold window dwconv --sizes 56 112 --kernels 3 7 11 --batches 4
+    .venv/bin/python scripts/benchmark.py cores softmax linear_angular xnorm --sizes 49 196 784 3136 --dim 256
 
 `latency` runs the models alternately in one process (A B A B ...) and reports the median and quartiles of each, so
 that a noisy machine disturbs all alike. `scaling` runs one image of each size in a process of its own, and reports the
 peak resident memory of that process and the exponents of time and memory against pixels. Nothing else should be
 running. `layers` compares layers that look at k x k windows of a map, projections included: learned-query attention
 ('qna', see `make_layer` for the others), at --dim channels; peak_mib is what a pass adds to the memory of the process.
+`cores` compares attention without its projections on (batch, dim / 64, size, 64) queries, keys and values, size being
+the number of tokens, and tells from where on each is faster than the first, 'softmax' being PyTorch's fused kernel.
 --keep-memory makes glibc's allocator keep freed memory instead of returning it to the kernel; --also PATH:MODULE:NAME
 adds the model function NAME of a module in the folder PATH that timm does not know.
 """
 import argparse
+import ast
 import csv
 import gc
 import importlib
@@ -35,17 +39,18 @@ FIELDS = ['model', 'size', 'kernel', 'batch', 'dtype', 'mode', 'threads', 'alloc
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('what', choices=('latency', 'scaling', 'layers', 'point', 'layer'), help=argparse.SUPPRESS)
+    parser.add_argument('what', choices=sorted(COMMANDS), help=argparse.SUPPRESS)
     parser.add_argument('models', nargs='+')
     parser.add_argument('--sizes', type=int, nargs='+', default=[224])
     parser.add_argument('--batches', type=int, nargs='+', default=[1])
     parser.add_argument('--dtypes', nargs='+', default=['fp32'], choices=('fp32', 'bf16'))
     parser.add_argument('--kernels', type=int, nargs='+', default=[3], help='window sides, for `layers`')
-    parser.add_argument('--dim', type=int, default=64, help='channels, for `layers`, in heads of 8')
+    parser.add_argument('--dim', type=int, default=64, help='channels, for `layers` in heads of 8, for `cores` of 64')
     parser.add_argument('--train', action='store_true', help='time a training step (forward and backward) instead')
     parser.add_argument('--threads', type=int, default=os.cpu_count())
     parser.add_argument('--rounds', type=int, default=11, help='timed passes of each model, after two untimed ones')
     parser.add_argument('--keep-memory', action='store_true')
+    parser.add_argument('--model-kwargs', nargs='+', default=[], metavar='K=V', help='arguments of all models')
     parser.add_argument('--also', nargs='+', default=[], metavar='PATH:MODULE:NAME')
     parser.add_argument('--out', help='CSV file to append to')
     return parser.parse_args()
@@ -68,6 +73,10 @@ def facts(args: argparse.Namespace) -> dict:
         vitlinear=vitlinear.__version__)
 
 
+def label(name: str, args: argparse.Namespace) -> str:
+    return f"{':'.join(name.split(':')[-2:])}{' ' * bool(args.model_kwargs)}{' '.join(args.model_kwargs)}"
+
+
 def make_step(name: str, size: int, batch: int, dtype: str, args: argparse.Namespace):
     """A function that runs one pass of a model."""
     import timm
@@ -78,7 +87,8 @@ def make_step(name: str, size: int, batch: int, dtype: str, args: argparse.Names
         model = getattr(importlib.import_module(module), function)()
     else:
         fixed = timm.get_pretrained_cfg_value(name, 'fixed_input_size')
-        model = timm.create_model(name, **(dict(img_size=size) if fixed else {}))
+        kwargs = {k: ast.literal_eval(v) for k, _, v in (item.partition('=') for item in args.model_kwargs)}
+        model = timm.create_model(name, **(dict(img_size=size) if fixed else {}), **kwargs)
     dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
     x = torch.randn(batch, 3, size, size)
 
@@ -213,6 +223,68 @@ def layers(args: argparse.Namespace) -> None:
                             ms_per_image=median / batch, peak_mib=float(run.stdout.splitlines()[-1])), args.out)
 
 
+def make_core_step(name: str, tokens: int, batch: int, dtype: str, args: argparse.Namespace):
+    """A function that runs one pass of attention without its projections."""
+    import torch
+    from vitlinear import attention
+    heads = args.dim // 64
+    dtype = dict(fp32=torch.float32, bf16=torch.bfloat16)[dtype]
+    weight = torch.randn(heads, 1, 9, 1).to(dtype)
+    beta, temperature = torch.full((heads,), .5), torch.full((heads,), 4.)
+    core = {
+        'softmax': torch.nn.functional.scaled_dot_product_attention,
+        'linear': attention.linear_attention,
+        'linear_angular': lambda q, k, v: attention.linear_angular_attention(q, k, v, weight),
+        'xnorm': attention.xnorm_attention,
+        'random_walk': lambda q, k, v: attention.random_walk_attention(q, k, v, beta, temperature),
+    }[name]
+    # queries, keys and values of a token side by side in memory, as a projection leaves them
+    qkv = torch.randn(batch, tokens, 3, heads, 64).to(dtype).permute(2, 0, 3, 1, 4)
+    if args.train:
+        qkv.requires_grad_()
+
+        def step():
+            qkv.grad = None
+            core(*qkv.unbind(0)).sum().backward()
+    else:
+        def step():
+            with torch.inference_mode():
+                core(*qkv.unbind(0))
+    return step
+
+
+def crossover(ours: list, theirs: list) -> str:
+    """From where on the times (tokens, ms) of the first stay below those of the second."""
+    above = [i for i, (a, b) in enumerate(zip(ours, theirs)) if a[1] >= b[1]]
+    if not above:
+        return f'at all of these from {ours[0][0]} tokens on'
+    i = above[-1]
+    if i + 1 == len(ours):
+        return 'at none of the largest of these'
+    low, high = (math.log(ours[j][1] / theirs[j][1]) for j in (i, i + 1))
+    tokens = ours[i][0] * (ours[i + 1][0] / ours[i][0]) ** (low / (low - high))
+    return f'from about {float(f"{tokens:.2g}"):.0f} tokens on (between {ours[i][0]} and {ours[i + 1][0]})'
+
+
+def cores(args: argparse.Namespace) -> None:
+    common = facts(args)
+    for batch in args.batches:
+        for dtype in args.dtypes:
+            measured = {name: [] for name in args.models}
+            for size in args.sizes:
+                steps = {name: make_core_step(name, size, batch, dtype, args) for name in args.models}
+                for name, ms in interleave(steps, args.rounds).items():
+                    low, median, high = quartiles(ms)
+                    measured[name].append((size, median))
+                    emit(dict(
+                        common, model=f'{name} ({args.dim} channels)', size=size, batch=batch, dtype=dtype,
+                        median_ms=median, p25_ms=low, p75_ms=high, rounds=len(ms), ms_per_image=median / batch,
+                    ), args.out)
+            for name in args.models[1:]:
+                print(f'{name}, batch {batch}, {dtype}: faster than {args.models[0]} '
+                      f'{crossover(measured[name], measured[args.models[0]])}', flush=True)
+
+
 def interleave(steps: dict, rounds: int) -> dict:
     """Milliseconds of each step's passes, taken in turns, after two untimed ones."""
     times = {name: [] for name in steps}
@@ -250,7 +322,7 @@ def latency(args: argparse.Namespace) -> None:
                 for name, ms in interleave(steps, args.rounds).items():
                     low, median, high = quartiles(ms)
                     emit(dict(
-                        common, model=':'.join(name.split(':')[-2:]), size=size, batch=batch, dtype=dtype,
+                        common, model=label(name, args), size=size, batch=batch, dtype=dtype,
                         median_ms=median, p25_ms=low, p75_ms=high, rounds=len(ms), ms_per_image=median / batch,
                     ), args.out)
 
@@ -276,6 +348,7 @@ def scaling(args: argparse.Namespace) -> None:
                 rounds = max(1, args.rounds * 512 ** 2 // size ** 2)
                 command = [sys.executable, __file__, 'point', name, '--sizes', str(size), '--dtypes', dtype, '--rounds',
                            str(rounds), '--threads', str(args.threads)] + ['--train'] * args.train
+                command += ['--model-kwargs', *args.model_kwargs] * bool(args.model_kwargs)
                 run = subprocess.run(command, stdout=subprocess.PIPE, text=True)
                 if run.returncode:
                     print(f'{name} {dtype} {size}: failed with exit code {run.returncode}', flush=True)
@@ -283,7 +356,7 @@ def scaling(args: argparse.Namespace) -> None:
                 result = json.loads(run.stdout.splitlines()[-1])
                 median = statistics.median(result['ms'])
                 measured.append((size, median, result['peak_mib']))
-                emit(dict(common, model=name, size=size, batch=1, dtype=dtype, median_ms=median,
+                emit(dict(common, model=label(name, args), size=size, batch=1, dtype=dtype, median_ms=median,
                           p25_ms=min(result['ms']), p75_ms=max(result['ms']), rounds=len(result['ms']),
                           ms_per_image=median, peak_mib=result['peak_mib']), args.out)
             if len(measured) > 1:
@@ -298,6 +371,9 @@ def exponent(measured, column: int) -> float:
     return sum((x - mean_x) * (y - mean_y) for x, y in zip(xs, ys)) / sum((x - mean_x) ** 2 for x in xs)
 
 
+COMMANDS = dict(latency=latency, scaling=scaling, layers=layers, cores=cores, point=point, layer=layer)
+
+
 def main() -> None:
     args = parse_args()
     if args.keep_memory and any(os.environ.get(k) != v for k, v in KEEP_MEMORY.items()):
@@ -308,7 +384,7 @@ def main() -> None:
         path, module, _ = name.split(':')
         sys.path.insert(0, path)
         importlib.import_module(module)
-    dict(latency=latency, scaling=scaling, layers=layers, point=point, layer=layer)[args.what](args)
+    COMMANDS[args.what](args)
 
 
 if __name__ == '__main__':

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 VVT = Path(__file__).parent / 'golden' / 'vvt'
 QNA = Path(__file__).parent / 'golden' / 'qna'
+CASTLING = Path(__file__).parent / 'golden' / 'castling'
 
 
 @lru_cache(maxsize=None)
@@ -102,3 +103,23 @@ def qna_layer(params: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
         else:
             out[{'Wk': 'k.weight', 'to_v/kernel': 'v.weight', 'to_out/kernel': 'proj.weight'}[key]] = value.t()
     return {k: v.contiguous() for k, v in out.items()}
+
+
+@lru_cache(maxsize=None)
+def castling_tensors() -> Dict[str, torch.Tensor]:
+    """Inputs, outputs, intermediates, cotangents and gradients by `<case>/...`, parameters by `<set>/<name>`."""
+    return load_file(CASTLING / 'golden.safetensors')
+
+
+@lru_cache(maxsize=None)
+def castling_cases() -> Dict[str, Dict]:
+    """Facts of each case by name, with those of its parameters as 'constructor'."""
+    facts = json.loads((CASTLING / 'golden.json').read_text())
+    sets = facts['param_sets']
+    return {case['name']: {**sets.get(case['params'], {}), **case} for case in facts['cases']}
+
+
+def castling_part(prefix: str) -> Dict[str, torch.Tensor]:
+    """The tensors of `<prefix>/<key>` by key, such as those of 'params:<set>'."""
+    prefix = prefix.rstrip('/') + '/'
+    return {k[len(prefix):]: v for k, v in castling_tensors().items() if k.startswith(prefix)}

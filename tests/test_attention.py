@@ -149,7 +149,7 @@ def test_swapping_in_a_backbone():
 
 
 def test_unknown_name_in_a_backbone():
-    expected = "Unknown attn_layer 'nosuch', expected one of linear, qna, softmax, vicinity, window"
+    expected = f"Unknown attn_layer 'nosuch', expected one of {', '.join(sorted(ATTENTION_LAYERS))}"
     with pytest.raises(ValueError, match=expected):
         timm.create_model('vvt_nano', attn_layer='nosuch')
 

@@ -21,6 +21,7 @@ from timm.models import (
 )
 from timm.models._features import feature_take_indices
 from timm.models._hub import hf_split
+from timm.models._input import update_model_input_size
 from timm.models._pretrained import PretrainedCfg
 
 from .checkpoints._flax import is_flax, read_flax
@@ -34,6 +35,7 @@ __all__ = [
     'read_weights',
     'register_notrace_function',
     'register_notrace_module',
+    'update_model_input_size',
 ]
 
 

@@ -2,7 +2,8 @@
 
 Flags, defaults, YAML files and checkpoints are those of timm's train.py, of which this is a subset built from timm's
 library. Ours: an interrupted run that is resumed into its own folder ends with the weights of an uninterrupted one,
-bit for bit on one kind of machine; CPUs can train in several processes; wrong input gets an answer in one line.
+bit for bit on one kind of machine; CPUs can train in several processes; wrong input gets an answer in one line; and
+--castling-ramp, for the auxiliary branch of Castling models.
 
     vitlinear train ... --output runs --experiment a
     vitlinear train ... --output runs --experiment a --resume runs/a/last.pth.tar
@@ -36,6 +37,7 @@ import vitlinear  # noqa: F401  registers the models
 
 from . import _script
 from ._script import Progress, RunError, UsageError, clock, natural_int, positive_int, usage_errors
+from .models import CastlingSchedule
 
 # Destinations of the flags of timm's train.py that are left out, with timm's defaults: a YAML may hold them unchanged.
 UNSUPPORTED = {
@@ -86,6 +88,8 @@ def build_parser() -> _script.Parser:
     flag('--head-init-bias', type=float, metavar='X', help='initial bias of the classifier')
     flag('--drop', type=float, default=0.0, metavar='P', help='dropout rate')
     flag('--drop-path', type=float, metavar='P', help='stochastic depth rate')
+    flag('--castling-ramp', type=float, nargs=2, metavar='SHARE', help='of all updates: between these two the '
+         'auxiliary branch of a Castling model fades, before them it is on (without this flag it is off)')
 
     flag = parser.add_argument_group('device').add_argument
     _script.add_device_flags(flag)
@@ -417,6 +421,7 @@ def train_one_epoch(
         mixup_fn: Optional[Callable],
         progress: Progress,
         time_left: Callable[[int], str],
+        castling: Optional[CastlingSchedule] = None,
 ) -> 'OrderedDict[str, float]':
     task.get_trainable_module().train()
     accum = args.grad_accum_steps
@@ -461,6 +466,8 @@ def train_one_epoch(
         optimizer.zero_grad()
         num_updates += 1
         task.update_ema(step=num_updates)
+        if castling is not None:
+            castling.step(num_updates)
         if args.synchronize_step and device.type == 'cuda':
             torch.cuda.synchronize()
         progress.step(
@@ -473,7 +480,12 @@ def train_one_epoch(
     if hasattr(optimizer, 'sync_lookahead'):
         optimizer.sync_lookahead()
     mean = torch.tensor(loss_sum / images, device=device)
-    return OrderedDict(loss=(utils.reduce_tensor(mean, args.world_size) if args.distributed else mean).item())
+    metrics = OrderedDict(loss=(utils.reduce_tensor(mean, args.world_size) if args.distributed else mean).item())
+    if castling is not None:  # what is left of the branch on this process's last batch, in the mean over the layers
+        with autocast():
+            stats = castling.model.castling_stats(input).values()
+        metrics.update((f'castling_{k}', sum(s[k] for s in stats) / len(stats)) for k in ('density', 'mass', 'gap'))
+    return metrics
 
 
 def train(args: argparse.Namespace) -> None:
@@ -537,6 +549,11 @@ def train(args: argparse.Namespace) -> None:
             updates_per_epoch=updates,
         )
     start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
+    castling = None
+    if args.castling_ramp:
+        with usage_errors(f'--castling-ramp {" ".join(map(str, args.castling_ramp))}'):
+            castling = CastlingSchedule(model, num_epochs * updates, args.castling_ramp)
+        castling.step(start_epoch * updates)
     if scheduler is not None and start_epoch:
         scheduler.step_update(start_epoch * updates) if args.sched_on_updates else scheduler.step(start_epoch)
 
@@ -591,7 +608,7 @@ def train(args: argparse.Namespace) -> None:
                     mixup_fn.mixup_enabled = False
             train_metrics = train_one_epoch(
                 epoch, task, train_loader, optimizer, args, device, autocast, scaler, scheduler, mixup_fn,
-                Progress(f'epoch {epoch}', updates, args.log_interval, primary), time_left)
+                Progress(f'epoch {epoch}', updates, args.log_interval, primary), time_left, castling)
 
             models = {'': (model, eval_model)}
             if task.has_ema() and not args.model_ema_force_cpu:

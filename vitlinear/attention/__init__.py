@@ -8,32 +8,46 @@ from typing import Callable, Union
 from torch import nn
 
 from .linear import LinearAttention, linear_attention
+from .linear_angular import LinearAngularAttention, linear_angular_attention, masked_softmax_attention
 from .qna import QnAAttention, QnAUpsample, qna_attention
+from .random_walk import RandomWalkAttention, random_walk_attention
 from .softmax import SoftmaxAttention
 from .vicinity import VicinityAttention, clamp_magnitude, vicinity_attention
 from .window import WindowAttention
+from .xnorm import XNormAttention, XNormClassAttention, xnorm_attention
 
 ATTENTION_LAYERS = {
     'linear': LinearAttention,
+    'linear_angular': LinearAngularAttention,
     'qna': QnAAttention,
+    'random_walk': RandomWalkAttention,
     'softmax': SoftmaxAttention,
     'vicinity': VicinityAttention,
     'window': WindowAttention,
+    'xnorm': XNormAttention,
 }
 
 __all__ = [
     'ATTENTION_LAYERS',
+    'LinearAngularAttention',
     'LinearAttention',
     'QnAAttention',
     'QnAUpsample',
+    'RandomWalkAttention',
     'SoftmaxAttention',
     'VicinityAttention',
     'WindowAttention',
+    'XNormAttention',
+    'XNormClassAttention',
     'clamp_magnitude',
     'get_attention_layer',
+    'linear_angular_attention',
     'linear_attention',
+    'masked_softmax_attention',
     'qna_attention',
+    'random_walk_attention',
     'vicinity_attention',
+    'xnorm_attention',
 ]
 
 

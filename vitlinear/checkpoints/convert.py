@@ -28,18 +28,24 @@ from .. import _script
 from .._script import UsageError, suggest, usage_errors
 from .._timm import read_weights
 from ..info import architectures, is_ours
+from ..models._castling import SCHEDULE_ARGUMENTS
 from ._flax import is_flax
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
 from .hub import sha256
 
 __all__ = ['convert', 'variant_of']
 
-_HEAD_BIAS = re.compile(r'(?:^|[./])(?:head|head\.fc|head_logits|classifier|fc)[./]bias$')
+_HEAD_BIAS = re.compile(r'(?:^|[./])(?:head|head\.fc|head\.linear|head_logits|classifier|fc)[./]bias$')
 _FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs', 'gp')
 
 
 def _family(architecture: str) -> Any:
     return sys.modules[timm.models.model_entrypoint(architecture).__module__]
+
+
+def _is_of_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> bool:
+    """Whether the family's filter takes weights for those of a backbone that they are to be trained further from."""
+    return getattr(_family(model.pretrained_cfg['architecture']), 'is_of_host', lambda *args: False)(state_dict, model)
 
 
 def _fits(state_dict: Dict[str, torch.Tensor], architecture: str, kwargs: Dict[str, Any]) -> Optional[str]:
@@ -137,13 +143,17 @@ def _load(path: Path, architecture: str, kwargs: Dict[str, Any], state_dict: Dic
             return _load(path, architecture, dict(kwargs, in_chans=weight.shape[1]), state_dict)
         own = model.state_dict()
         kept = [k for k, v in mapped.items() if k in own and v.data_ptr() == own[k].data_ptr() and v.numel()]
+        host = _is_of_host(state_dict, model)
+        if host:  # what it has not, the model keeps
+            kept = [k for k in kept if k in state_dict]
         if kept:
             raise UsageError(f'{path}: {kept[0]} does not fit {architecture} with {model.num_classes} classes')
         surplus, missing = sorted(mapped.keys() - own.keys()), sorted(own.keys() - mapped.keys())
         if surplus or missing:
             told = [f'has {k} to spare' for k in surplus[:1]] + [f'lacks {k}' for k in missing[:1]]
             raise UsageError(f'{path} does not fit {architecture}: it {" and ".join(told)}')
-        sizes = [sum(v.numel() for v in d.values()) for d in (state_dict, mapped)]
+        both = state_dict.keys() & mapped.keys() if host else None
+        sizes = [sum(v.numel() for k, v in d.items() if both is None or k in both) for d in (state_dict, mapped)]
         if sizes[0] != sizes[1]:
             raise UsageError(
                 f'{path} holds {sizes[0]:,} numbers and the model {sizes[1]:,}, so that some would be resized or '
@@ -196,13 +206,16 @@ def convert(
         raise UsageError(f"{path} is a checkpoint of {run['arch']}: give --model {run['arch']}")
     settings = {**{k: v for k, v in run.items() if k in _FROM_RUN}, **{k: v for k, v in settings.items() if v}}
 
-    kwargs = dict(settings.get('model_kwargs') or {})
+    kwargs = {k: v for k, v in (settings.get('model_kwargs') or {}).items() if k not in SCHEDULE_ARGUMENTS}
+    state_dict.pop('castling_step', None)
     classes = _classes(state_dict)
     if classes is None:
         raise UsageError(f'{path} has several heads, which no model of ours has')
     if settings.get('gp') is not None:
         kwargs['global_pool'] = settings['gp']
-    made = _load(path, architecture, dict(kwargs, num_classes=classes), state_dict)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # for what weights of another backbone leave to the model: the same file each time
+        made = _load(path, architecture, dict(kwargs, num_classes=classes), state_dict)
     known = timm.models.get_arch_pretrained_cfgs(architecture).get(f'{architecture}.{tag}')
     if known and known.num_classes == made.num_classes:  # the preparation of images that the tag is known for
         made.pretrained_cfg = {**made.pretrained_cfg, **known.to_dict(remove_source=True)}
@@ -231,6 +244,10 @@ def convert(
         ),
     )
     made.pretrained_cfg['architecture'] = architecture
+    if _is_of_host(state_dict, made):
+        found['limits'] = (
+            'A start for training: the weights are those of a backbone with softmax attention, and what it has not '
+            'is as initialised.')
     return export_model(made, folder, tag, cfg, merged(found, facts or {}))
 
 

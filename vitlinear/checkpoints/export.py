@@ -32,6 +32,7 @@ import vitlinear  # noqa: F401  registers the models
 from .. import _script
 from .._script import UsageError, usage_errors
 from .._timm import read_weights
+from ..models._castling import SCHEDULE_ARGUMENTS
 from .hub import sha256
 from .records import RECORD_NAME, WEIGHTS_NAME, Cfg, Dataset, Record, record_from_dict, write_record
 
@@ -240,8 +241,9 @@ def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Optional[Sequen
 
 
 def run_model(args: argparse.Namespace, state_dict: Dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """The model of a training run, with these weights."""
-    model = _script.create_model(args)
+    """The model of a training run, with these weights, as it is after the training."""
+    kwargs = {k: v for k, v in args.model_kwargs.items() if k not in SCHEDULE_ARGUMENTS}
+    model = _script.create_model(argparse.Namespace(**{**vars(args), 'model_kwargs': kwargs}))
     try:
         model.load_state_dict(state_dict)
     except RuntimeError as e:

@@ -1,0 +1,320 @@
+"""GKViT: counts of parameters and operations, initialisation, checkpoints, recipes, and the study of its walks."""
+import copy
+import csv
+import importlib.util
+import json
+import logging
+import math
+from functools import lru_cache
+from pathlib import Path
+from typing import Tuple
+
+import pytest
+import timm
+import torch
+from timm.optim import create_optimizer_v2
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+import vitlinear  # noqa: F401
+from vitlinear.attention import RandomWalkAttention
+from vitlinear.attention.random_walk import DOUBLINGS
+from vitlinear.models.gkvit import GraphKernelVisionTransformer, checkpoint_filter_fn
+from vitlinear.train import build_parser
+
+ROOT = Path(__file__).resolve().parent.parent
+VARIANTS = ['gkvit_nano', 'gkvit_tiny', 'gkvit_small', 'gkvit_base', 'gkvit_large']
+SMALL = dict(embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), num_classes=5)
+
+
+@lru_cache(maxsize=None)
+def default(variant: str) -> nn.Module:
+    """For tests that leave it as it is."""
+    return timm.create_model(variant, device='meta')
+
+
+@pytest.fixture(scope='module', params=VARIANTS)
+def variant(request) -> str:
+    return request.param
+
+
+def small(seed: int = 0, **kwargs) -> nn.Module:
+    torch.manual_seed(seed)
+    return timm.create_model('gkvit_nano', **{**SMALL, **kwargs})
+
+
+# parameters and operations
+
+@pytest.mark.parametrize('name, total, encoder', [
+    ('gkvit_nano', 3_107_976, 2_850_976),
+    ('gkvit_tiny', 11_793_704, 11_280_704),
+    ('gkvit_small', 20_409_068, 19_896_068),
+    ('gkvit_base', 35_358_428, 34_845_428),
+    ('gkvit_large', 63_172_388, 62_659_388),
+])
+def test_parameters(name: str, total: int, encoder: int):
+    model = copy.deepcopy(default(name))
+    assert not list(model.buffers())
+    assert sum(p.numel() for p in model.parameters()) == total
+    model.reset_classifier(0)
+    assert sum(p.numel() for p in model.parameters()) == encoder
+    assert {b.attn.head_dim for stage in model.stages for b in stage.blocks} == {32}
+
+
+def count_macs(model: nn.Module, H: int, W: int, batch: int = 1) -> int:
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model.eval()(torch.empty(batch, model.in_chans, H, W, device='meta'))
+    assert counter.get_total_flops() % 2 == 0
+    return counter.get_total_flops() // 2
+
+
+def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 2 * DOUBLINGS) -> int:
+    """Multiply-accumulates from shapes.
+
+    A block of N positions and C channels in heads of r: 4 N C^2 in projections; 4 N C r in sums over tokens and
+    outputs; N C in the degrees of queries and as much in those of keys; r^3 in the product of two sums, in each
+    doubling and in each squaring between them; 8 N C^2 + 36 N C in the MLP.
+    """
+    total = 0
+    for i, stage in enumerate(model.stages):
+        conv = (stage.downsample if i else model.patch_embed).proj
+        H, W = (math.ceil(n / conv.stride[0]) for n in (H, W))
+        N, C = H * W, conv.out_channels
+        total += N * conv.kernel_size[0] ** 2 * conv.in_channels * C
+        for block in stage.blocks:
+            heads, r = block.attn.num_heads, block.attn.head_dim
+            total += 12 * N * C ** 2 + 4 * N * C * r + (degrees + 36) * N * C + core * heads * r ** 3
+    return total + model.head.weight.numel()
+
+
+@pytest.mark.parametrize('name, size', [
+    ('gkvit_nano', (224, 224)), ('gkvit_nano', (512, 512)), ('gkvit_nano', (75, 101)), ('gkvit_tiny', (224, 160)),
+    ('gkvit_small', (224, 224))])
+def test_operations(name: str, size: Tuple[int, int]):
+    assert count_macs(default(name), *size) == closed_form(default(name), *size)
+
+
+@pytest.mark.parametrize('name, gmacs', [
+    ('gkvit_nano', (.49, 2.5, 10.1)), ('gkvit_tiny', (1.78, 9.2, 37.0)), ('gkvit_small', (3.48, 18.1, 72.4)),
+    ('gkvit_base', (6.50, 33.9, 135.4)), ('gkvit_large', (12.4, 64.6, 258.2))])
+def test_designed_operations(name: str, gmacs: Tuple[float, float, float]):
+    """Those the family was designed with, where a solve of 3 r^3 stands for the series and degrees count twice."""
+    for size, expected in zip((224, 512, 1024), gmacs):
+        designed = closed_form(default(name), size, size, degrees=4, core=3)
+        assert round(designed / 1e9, len(str(expected).partition('.')[2])) == expected
+        assert closed_form(default(name), size, size) == pytest.approx(designed, rel=.025)
+
+
+def test_operations_are_linear():
+    """In images; and in pixels, but for the r x r sums of each image."""
+    model = default('gkvit_nano')
+    assert count_macs(model, 40, 24, batch=3) == 3 * count_macs(model, 40, 24)
+    fixed = closed_form(model, 256, 256) - closed_form(model, 256, 256, core=0) + model.head.weight.numel()
+    assert count_macs(model, 512, 512) - fixed == 4 * (count_macs(model, 256, 256) - fixed)
+
+
+# structure
+
+def test_maps():
+    model = small().eval()
+    assert [f['reduction'] for f in model.feature_info] == [4, 8, 16, 32]
+    for H, W in ((64, 64), (65, 97), (3, 40)):
+        maps = model.forward_intermediates(torch.randn(1, 3, H, W), intermediates_only=True)
+        for m, channels, stride in zip(maps, SMALL['embed_dims'], (4, 8, 16, 32), strict=True):
+            assert m.shape == (1, channels, math.ceil(H / stride), math.ceil(W / stride))
+
+
+def test_options_reach_the_attention():
+    model = small(attn_kwargs=dict(mode='spectral', init_beta=0.))
+    layers = [b.attn for stage in model.stages for b in stage.blocks]
+    assert all(type(m) is RandomWalkAttention and m.mode == 'spectral' and m.theta is None for m in layers)
+    model = small(attn_layer='softmax')
+    assert not any(isinstance(m, RandomWalkAttention) for m in model.modules())
+    with pytest.raises(TypeError, match='temperature'):
+        small(attn_kwargs=dict(temperature=1.))
+    with pytest.raises(TypeError, match='fpc_reduction'):
+        small(fpc_reduction=2)
+
+
+def test_initialisation(variant: str):
+    """The same whether a model is made at once or on 'meta'; betas and temperatures where the layer's options say."""
+    torch.manual_seed(0)
+    kwargs = dict(depths=(1, 1, 1, 1), num_classes=10)
+    models = [timm.create_model(variant, **kwargs), timm.create_model(variant, device='meta', **kwargs)]
+    models[1] = models[1].to_empty(device='cpu')
+    for p in models[1].parameters():
+        nn.init.constant_(p.data, math.nan)
+    models[1].init_weights(needs_reset=True)
+    for model in models:
+        for name, p in model.named_parameters():
+            if name.endswith('theta'):
+                torch.testing.assert_close(p.detach(), torch.full_like(p, -2.), rtol=0, atol=.01)
+            elif name.endswith('log_temperature'):
+                torch.testing.assert_close(p.detach(), torch.full_like(p, math.log(4)))
+            elif '.attn.' in name and p.ndim == 2:
+                assert p.std().item() == pytest.approx(.02, rel=.05), name
+
+
+def test_second_steps_matter_in_a_new_model():
+    """Tokens of one query do not all share their keys: the second eigenvalue of a walk there and back is above 0.1."""
+    torch.manual_seed(0)
+    model, seen = timm.create_model('gkvit_nano'), {}
+    for i, stage in enumerate(model.stages[:3]):
+        layer = stage.blocks[0].attn
+        layer.qkv.register_forward_hook(lambda m, args, out, i=i, layer=layer: seen.update({i: (layer, out)}))
+    image = torch.nn.functional.interpolate(torch.randn(1, 3, 28, 28), size=224, mode='bicubic')  # not white noise
+    model(image)
+    for layer, qkv in seen.values():
+        q, k, _ = qkv.detach().double().reshape(-1, 3, layer.num_heads, layer.head_dim).permute(1, 2, 0, 3)
+        t = layer.temperature().detach().double().reshape(-1, 1, 1)
+        p_q, p_k = ((t * x / x.square().mean(dim=-1, keepdim=True).sqrt()).softmax(dim=-1) for x in (q, k))
+        edges = p_q @ p_k.mT
+        to_key, to_query = edges / edges.sum(dim=-1, keepdim=True), edges.mT / edges.mT.sum(dim=-1, keepdim=True)
+        h = p_k.mT @ ((to_query.sum(dim=-1) / (p_k @ p_q.sum(dim=1).unsqueeze(-1)).squeeze(-1)).unsqueeze(-1) * p_k)
+        g = p_q.mT @ ((to_key.sum(dim=-1) / (p_q @ p_k.sum(dim=1).unsqueeze(-1)).squeeze(-1)).unsqueeze(-1) * p_q)
+        values = torch.linalg.eigvals(h @ g).real.sort(dim=-1, descending=True).values
+        torch.testing.assert_close(values[:, 0], torch.ones_like(values[:, 0]))
+        assert values[:, 1].min() > .1
+
+
+def test_no_weight_decay():
+    """On betas and temperatures, with the biases and norms."""
+    model = small()
+    names = {id(p): name for name, p in model.named_parameters()}
+    optimizer = create_optimizer_v2(model, opt='adamw', lr=1e-3, weight_decay=.05)
+    free = {names[id(p)] for group in optimizer.param_groups if not group['weight_decay'] for p in group['params']}
+    walks = {name for name in names.values() if name.endswith(('theta', 'log_temperature'))}
+    assert len(walks) == 10 and walks <= free
+
+
+# checkpoints
+
+def test_own_checkpoints_load_as_they_are():
+    source, model = small(), small(seed=1)
+    state = source.state_dict()
+    for container in (state, {'model': state}, {'state_dict': {f'module.{k}': v for k, v in state.items()}}):
+        model.load_state_dict(checkpoint_filter_fn(container, model))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters()))
+    headless = small(num_classes=0)
+    headless.load_state_dict(checkpoint_filter_fn(state, headless))
+
+
+def test_other_classes(caplog):
+    source, model = small(), small(seed=1, num_classes=7)
+    own = model.head.weight.clone()
+    with caplog.at_level(logging.WARNING):
+        model.load_state_dict(checkpoint_filter_fn(source.state_dict(), model))
+    assert torch.equal(model.head.weight, own) and 'head is not loaded' in caplog.text
+    assert torch.equal(model.stages[0].blocks[0].attn.theta, source.stages[0].blocks[0].attn.theta)
+
+
+@pytest.mark.parametrize('other, words', [
+    (dict(depths=(1, 1, 1, 1)), 'another variant: its stages have'),
+    (dict(embed_dims=(8, 16, 24, 40), num_heads=(1, 2, 3, 4)), 'another variant'),
+    (dict(attn_kwargs=dict(init_beta=0.)), 'incomplete: .*theta'),
+])
+def test_other_variants_are_refused(other, words: str):
+    with pytest.raises(ValueError, match=words):
+        checkpoint_filter_fn(small(**other).state_dict(), small())
+
+
+def test_other_architectures_are_refused():
+    with pytest.raises(ValueError, match='no GraphKernelVisionTransformer weights'):
+        checkpoint_filter_fn({'conv1.weight': torch.zeros(1)}, small())
+
+
+def test_no_weights_are_claimed(variant: str):
+    cfg = timm.get_pretrained_cfg(variant)
+    assert cfg.license == 'apache-2.0' and not cfg.fixed_input_size and cfg.paper_ids is None
+    assert cfg.tag == 'untrained' and not cfg.has_weights
+    assert isinstance(default(variant), GraphKernelVisionTransformer)
+
+
+# recipes
+
+@pytest.mark.parametrize('name, drop_path', [('nano', 0.), ('tiny', .1), ('small', .1), ('base', .3), ('large', .4)])
+def test_recipe(name: str, drop_path: float):
+    args = build_parser().parse(['--config', f'gkvit_{name}_in1k'])
+    assert (args.model, args.drop_path, args.lr) == (f'gkvit_{name}', drop_path, None)
+    assert args.lr_base * args.batch_size * 8 / args.lr_base_size == pytest.approx(1e-3)
+    assert (args.epochs, args.opt, args.weight_decay) == (300, 'adamw', .05)
+
+
+# the study
+
+@pytest.fixture
+def study(monkeypatch, tmp_path):
+    """scripts/walk_study.py with runs that are invented, and the commands they would have been started with."""
+    spec = importlib.util.spec_from_file_location('walk_study', ROOT / 'scripts' / 'walk_study.py')
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.commands = []
+
+    def launch(argv, processes):
+        args = build_parser().parse([a for a in argv if a != '--'])
+        module.commands.append(args)
+        if module.fails and len(module.commands) == module.fails:
+            raise module.subprocess.CalledProcessError(3, 'train')
+        folder = Path(args.output) / args.experiment
+        folder.mkdir(parents=True)
+        model = small(**args.model_kwargs)
+        for m in model.modules():
+            if isinstance(getattr(m, 'theta', None), nn.Parameter):
+                nn.init.constant_(m.theta, 0.)
+        torch.save({'state_dict': model.state_dict()}, folder / 'last.pth.tar')
+        with open(folder / 'summary.csv', 'w', newline='') as f:
+            writer = csv.writer(f)
+            writer.writerow(['epoch', 'train_loss', 'eval_top1'])
+            writer.writerows([e, 2 - e / 10, 10 * args.seed + e] for e in range(args.epochs))
+
+    module.fails = 0
+    monkeypatch.setattr(module, 'launch', launch)
+
+    def run(*words: str) -> int:
+        return module.main([
+            '--data-dir', 'data', '--output', str(tmp_path / 'runs'), '--out', str(tmp_path / 'study.csv'), *words])
+
+    module.run, module.rows = run, lambda: module.read_rows(tmp_path / 'study.csv')
+    return module
+
+
+def test_study_settings(study):
+    """Each makes a model, no two the same layer, and all begin with the same projections."""
+    assert study.SETTINGS['walk'] == {}
+    layers, weights = set(), []
+    for kwargs in study.SETTINGS.values():
+        layer = small(attn_kwargs=kwargs).stages[1].blocks[1].attn
+        layers.add((layer.mode, layer.features, layer.init_beta, layer.init_temperature))
+        weights.append(layer.qkv.weight)
+    assert len(layers) == len(study.SETTINGS)
+    assert all(torch.equal(w, weights[0]) for w in weights)
+
+
+def test_study(study, capsys):
+    words = ['--settings', 'walk', 'beta0', '--seeds', '1', '2', '--epochs', '3', '--', '-b', '8']
+    assert study.run(*words) == 0
+    assert [(row['setting'], row['seed']) for row in study.rows()] == [
+        ('walk', '1'), ('beta0', '1'), ('walk', '2'), ('beta0', '2')]
+    row = study.rows()[0]
+    assert (row['top1'], row['train_loss'], row['epochs'], row['options']) == ('12.00', '1.8000', '3', '-b 8')
+    assert row['beta_1'] == row['beta_4'] == '0.4500' and study.rows()[1]['beta_1'] == '' and float(row['seconds']) >= 0
+    assert [(a.model, a.seed, a.epochs, a.batch_size, a.model_kwargs) for a in study.commands[:2]] == [
+        ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {}}), ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {'init_beta': 0.}})]
+    out = capsys.readouterr().out
+    assert '17.00 +- 7.07' in out and '0.450 0.450 0.450 0.450' in out
+
+    assert study.run(*words) == 0 and len(study.commands) == 4  # nothing is run twice
+    assert study.run('--settings', 'walk', '--seeds', '3', '--epochs', '3', '--', '-b', '8') == 0
+    assert len(study.commands) == 5 and len(study.rows()) == 5
+
+
+def test_study_stops_where_training_fails(study, capsys):
+    study.fails = 2
+    words = ['--settings', 'walk', 'elu', '--seeds', '1', '--epochs', '2']
+    assert study.run(*words) == 3
+    assert [row['setting'] for row in study.rows()] == ['walk']
+    assert 'elu, seed 1: training failed' in capsys.readouterr().err
+    study.fails = 0
+    assert study.run(*words) == 0
+    assert [row['setting'] for row in study.rows()] == ['walk', 'elu']
+    assert json.dumps(study.commands[-1].model_kwargs) == '{"attn_kwargs": {"features": "elu"}}'

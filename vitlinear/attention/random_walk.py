@@ -1,0 +1,492 @@
+"""Attention by random walks between queries and keys, of any number of steps.
+
+The idea is that of 'Improving Vision Attention with Random Walk Graph Kernel', https://openreview.net/forum?id=LTvSyvRaJO
+(ICLR 2023 submission, withdrawn). Documented are its abstract and summary: linear attention from the random walk graph
+kernel; queries and keys are the nodes of a bipartite graph; ordinary attention is one step; all numbers of steps
+together are the inverse of a matrix, which the bipartite graph makes easy. Neither code nor formulas are public:
+feature maps, normalisation, the weight of long walks and everything else below are ours.
+
+With features P_q (N, r) and P_k (M, r), positive, edges weigh S = P_q P_k^T and nodes d_q = S 1, d_k = S^T 1. A walk
+goes from a query to a key and returns to a query with probability beta. The weight of a key is that of stopping there:
+
+    O = (1 - beta) sum_j beta^j (D_q^-1 S D_k^-1 S^T)^j D_q^-1 S V
+      = (1 - beta) D_q^-1 P_q (I - beta H_k H_q)^-1 (P_k^T V),    H_q = P_q^T D_q^-1 P_q,    H_k = P_k^T D_k^-1 P_k.
+
+Only r x r is inverted. The eigenvalues of H_k H_q lie in [0, 1], so the inverse exists for every input if beta < 1, and
+rows of the kernel sum to 1. With beta = 0 this is normalised linear attention (arXiv 2006.16236).
+
+The features have to be peaked, P = softmax(t x / rms(x)) over the r channels, which makes these r anchors that a step
+passes through. With elu + 1 S has nearly rank one: a second step leads to the mean of all values, whatever the query.
+
+The inverse is the series of its powers, by doubling: (I + B^64) ... (I + B^2)(I + B), which needs no solver, so it
+exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has the solve, and the graphs in full.
+"""
+import math
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
+
+from ._common import band_rows, call_linear, check_heads, is_plain, linear, use_bands
+
+# Features that each mode takes, its own first.
+FEATURES = {'walk': ('softmax', 'elu'), 'spectral': ('signed',)}
+MAX_BETA = 0.9
+MIN_TEMPERATURE, MAX_TEMPERATURE = 0.5, 16.
+DOUBLINGS = 7
+EPS = 1e-6
+MIN_DEGREE = 1e-6
+
+# Positions from which inference takes one image at a time and in bands of rows; elements of queries, keys and values in
+# a band. Measured on one core: a 128 x 128 map of 64 channels takes 16 ms in such bands, 30 ms at once (float32).
+BANDS_FROM = 512
+BAND = 2 ** 18
+
+
+def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
+    x = x.contiguous()
+    return x if x.dtype == torch.float64 else x.float()
+
+
+def _softmax_features(x: torch.Tensor, temperature: torch.Tensor, eps: float = EPS) -> torch.Tensor:
+    """softmax(t x / rms(x)) over the last axis: how peaked it is does not depend on the size of x."""
+    return (x * ((x * x).mean(dim=-1, keepdim=True).add(eps).rsqrt() * temperature)).softmax(dim=-1)
+
+
+def _features(x: torch.Tensor, temperature: Optional[torch.Tensor]) -> torch.Tensor:
+    """Positive features; elu(x) + 1 without a temperature."""
+    if temperature is None:
+        return F.elu(x) + 1
+    return _softmax_features(x, temperature)
+
+
+def _features_backward(
+        grad: torch.Tensor,
+        x: torch.Tensor,
+        features: torch.Tensor,
+        temperature: Optional[torch.Tensor],
+) -> Tuple[torch.Tensor, Optional[torch.Tensor]]:
+    """Gradients of x and of the temperature."""
+    if temperature is None:
+        return grad * features.clamp(max=1), None  # exp(x) where x is negative
+    inverse = (x * x).mean(dim=-1, keepdim=True).add(EPS).rsqrt()
+    unit = x * inverse
+    grad = features * (grad - (features * grad).sum(dim=-1, keepdim=True))
+    along = (grad * unit).sum(dim=-1, keepdim=True)
+    return (grad - unit * (along / x.shape[-1])) * (inverse * temperature), along.sum(dim=(0, 2), keepdim=True)[0]
+
+
+def _inverse_degrees(features: torch.Tensor, mean: torch.Tensor, least: float = MIN_DEGREE) -> torch.Tensor:
+    """(B, heads, N, 1) inverse sums of edges over the nodes of the other side, whose features have this mean."""
+    return (features @ mean.transpose(-2, -1)).clamp_min(least).reciprocal()
+
+
+def walk_series(step: torch.Tensor, start: torch.Tensor, doublings: int = DOUBLINGS) -> torch.Tensor:
+    """`sum_j step^j start` over j < 2^doublings, close to `(I - step)^-1 start` for a spectral radius below 1.
+
+    Args:
+        step: (n, r, r).
+        start: (n, r, e).
+        doublings: The first term left out is `step^(2^doublings)`.
+
+    Returns:
+        (n, r, e).
+    """
+    for i in range(doublings):
+        start = torch.baddbmm(start, step, start)
+        if i + 1 < doublings:
+            step = step @ step
+    return start
+
+
+def _walks(step: torch.Tensor, start: torch.Tensor, beta: torch.Tensor, doublings: int) -> torch.Tensor:
+    """The series (B, heads, r, e) times what lets its rows sum to 1 although it ends."""
+    series = walk_series(step.flatten(0, 1), start.flatten(0, 1), doublings).view_as(start)
+    return series * ((1 - beta) / (1 - beta.pow(2 ** doublings)))
+
+
+def _walk(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        temperature: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+        doublings: int,
+) -> torch.Tensor:
+    """The kernel in plain operations, for TorchScript; (B, heads, N, d) tensors and (heads, 1, 1) parameters."""
+    p_q, p_k = _features(q, temperature), _features(k, temperature)
+    M = k.shape[2]
+    inverse_q = _inverse_degrees(p_q, p_k.mean(dim=2, keepdim=True))
+    y = p_k.transpose(-2, -1) @ v / M
+    if beta is not None:
+        inverse_k = _inverse_degrees(p_k, p_q.mean(dim=2, keepdim=True))
+        h_q = p_q.transpose(-2, -1) @ (p_q * inverse_q) / q.shape[2]
+        h_k = p_k.transpose(-2, -1) @ (p_k * inverse_k) / M
+        y = _walks((beta * h_k) @ h_q, y, beta, doublings)
+    return (p_q @ y) * inverse_q
+
+
+class _Walk(torch.autograd.Function):
+    """`_walk` whose backward pass keeps q, k, v and the sums, and takes the features again.
+
+    The plain operations keep three times as much or more: scaled queries and keys, features, and these over degrees.
+    Gradients are those of the inverse that the series stands for: one more series, and no power of the first is kept.
+    """
+
+    @staticmethod
+    def forward(ctx, q, k, v, temperature, beta, doublings: int):
+        inputs = q, k, v
+        q, k, v = (_at_least_float32(x) for x in inputs)
+        p_q, p_k = _features(q, temperature), _features(k, temperature)
+        N, M = q.shape[2], k.shape[2]
+        s_q, s_k = p_q.mean(dim=2, keepdim=True), p_k.mean(dim=2, keepdim=True)
+        weighted = p_q * _inverse_degrees(p_q, s_k)
+        y = p_k.transpose(-2, -1) @ v / M
+        h_q = h_k = None
+        if beta is not None:
+            h_q = p_q.transpose(-2, -1) @ weighted / N
+            h_k = p_k.transpose(-2, -1) @ (p_k * _inverse_degrees(p_k, s_q)) / M
+            y = _walks((beta * h_k) @ h_q, y, beta, doublings)
+        ctx.doublings = doublings
+        ctx.save_for_backward(*inputs, temperature, beta, s_q, s_k, h_q, h_k, y)
+        return (weighted @ y).to(inputs[2].dtype)
+
+    @staticmethod
+    @once_differentiable  # sums are kept, and the second derivative would not see what they depend on
+    def backward(ctx, grad):
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            return (*_Walk._backward(grad, *ctx.saved_tensors, ctx.doublings), None)
+
+    @staticmethod
+    def _backward(grad, q, k, v, temperature, beta, s_q, s_k, h_q, h_k, y, doublings: int):
+        dtypes = q.dtype, k.dtype, v.dtype
+        q, k, v, grad = (_at_least_float32(x) for x in (q, k, v, grad))
+        p_q, p_k = _features(q, temperature), _features(k, temperature)
+        N, M = q.shape[2], k.shape[2]
+        inverse_q = _inverse_degrees(p_q, s_k)
+
+        # the output y, (1 - beta) times an inverse times the sums of values
+        grad_y = (p_q * inverse_q).transpose(-2, -1) @ grad
+        grad_z, grad_beta = grad_y, None
+        if beta is not None:
+            product = h_k @ h_q
+            grad_z = _walks((beta * product).transpose(-2, -1), grad_y, beta, doublings)
+            inverse_z = y / (1 - beta)
+            grad_step = grad_z @ inverse_z.transpose(-2, -1)
+            grad_beta = ((grad_step * product).sum(dim=(2, 3)) - (grad_y * inverse_z).sum(dim=(2, 3))).sum(dim=0)
+            grad_beta = grad_beta.view_as(beta)
+            grad_step = grad_step * beta
+
+        # queries: p_q stands in each product with h_q twice, and in its degrees
+        grad_pq = grad @ y.transpose(-2, -1)
+        grad_inverse = (p_q * grad_pq).sum(dim=-1, keepdim=True)
+        if beta is not None:
+            grad_h = h_k.transpose(-2, -1) @ grad_step
+            again = p_q @ ((grad_h + grad_h.transpose(-2, -1)) / N)
+            grad_inverse = grad_inverse + (p_q * again).sum(dim=-1, keepdim=True) / 2
+            grad_pq = grad_pq + again
+        grad_degree = -inverse_q.square() * grad_inverse * (inverse_q < 1 / MIN_DEGREE)
+        grad_pq = grad_pq * inverse_q + grad_degree * s_k
+        grad_pk = v @ (grad_z.transpose(-2, -1) / M) + grad_degree.transpose(-2, -1) @ p_q / M
+        grad_v = p_k @ (grad_z / M)
+
+        # keys
+        if beta is not None:
+            grad_h = grad_step @ h_q.transpose(-2, -1)
+            inverse_k = _inverse_degrees(p_k, s_q)
+            again = p_k @ ((grad_h + grad_h.transpose(-2, -1)) / M)
+            grad_inverse = (p_k * again).sum(dim=-1, keepdim=True) / 2
+            grad_degree = -inverse_k.square() * grad_inverse * (inverse_k < 1 / MIN_DEGREE)
+            grad_pk = grad_pk + again * inverse_k + grad_degree * s_q
+            grad_pq = grad_pq + grad_degree.transpose(-2, -1) @ p_k / N
+
+        grad_q, grad_tq = _features_backward(grad_pq, q, p_q, temperature)
+        grad_k, grad_tk = _features_backward(grad_pk, k, p_k, temperature)
+        grad_temperature = None if temperature is None else grad_tq + grad_tk
+        grads = (g.to(dtype) for g, dtype in zip((grad_q, grad_k, grad_v), dtypes))
+        return (*grads, grad_temperature, grad_beta)
+
+
+def _norm_bound(gram: torch.Tensor, least: float = 1e-30) -> torch.Tensor:
+    """(B, heads, 1, 1) upper bound of the largest eigenvalue of Gram matrices, its Schatten norm of order 8.
+
+    At most r^(1/8) times that eigenvalue. Scaled by the trace first, so that the powers stay in range.
+    """
+    trace = gram.diagonal(dim1=-2, dim2=-1).sum(dim=-1).clamp_min(least).unsqueeze(-1).unsqueeze(-1)
+    gram = gram / trace
+    gram = gram @ gram
+    gram = gram @ gram
+    return trace * gram.square().sum(dim=(-2, -1), keepdim=True).clamp_min(least).pow(0.125)
+
+
+def _spectral(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: Optional[torch.Tensor],
+        doublings: int,
+) -> torch.Tensor:
+    dtype = v.dtype
+    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+    g_q, g_k = q.transpose(-2, -1) @ q / q.shape[2], k.transpose(-2, -1) @ k / k.shape[2]
+    c_q, c_k = _norm_bound(g_q), _norm_bound(g_k)
+    scale = (c_q * c_k * (q.shape[2] * k.shape[2])).rsqrt()
+    y = k.transpose(-2, -1) @ v
+    if beta is not None:
+        step = (beta * (g_k / c_k)) @ (g_q / c_q)
+        y = walk_series(step.flatten(0, 1), y.flatten(0, 1), doublings).view_as(y)
+    return (q @ (y * scale)).to(dtype)
+
+
+def _random_walk_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        temperature: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+        mode: str,
+        features: str,
+        doublings: int,
+) -> torch.Tensor:
+    if beta is not None:
+        beta = (beta if v.dtype == torch.float64 else beta.float()).reshape(-1, 1, 1)
+    if mode == 'spectral':
+        return _spectral(q, k, v, beta, doublings)
+    if features == 'elu':
+        temperature = None
+    elif temperature is not None:
+        temperature = (temperature if v.dtype == torch.float64 else temperature.float()).reshape(-1, 1, 1)
+    if torch.jit.is_scripting():
+        dtype = v.dtype
+        q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+        return _walk(q, k, v, temperature, beta, doublings).to(dtype)
+    else:
+        return _Walk.apply(q, k, v, temperature, beta, doublings)
+
+
+def _check_options(mode: str, features: str, doublings: int) -> None:
+    if mode not in FEATURES:
+        raise ValueError(f"Unknown mode '{mode}', expected one of {', '.join(FEATURES)}.")
+    if features not in FEATURES[mode]:
+        raise ValueError(
+            f"Unknown features '{features}' for mode='{mode}', expected one of {', '.join(FEATURES[mode])}.")
+    if doublings < 1:
+        raise ValueError(f'doublings={doublings} must be positive.')
+
+
+def random_walk_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: Optional[torch.Tensor] = None,
+        temperature: Optional[torch.Tensor] = None,
+        mode: str = 'walk',
+        features: str = 'softmax',
+        doublings: int = DOUBLINGS,
+) -> torch.Tensor:
+    """Attention by random walks of any number of steps, linear in N and M.
+
+    Ours, see the top of this file.
+
+    Sums run in float32 (float64 for float64 input), with autocast off.
+
+    Args:
+        q: Queries (B, heads, N, r).
+        k: Keys (B, heads, M, r).
+        v: Values (B, heads, M, e).
+        beta: Probability (heads,) to return from a key to a query, below 1; None for one step.
+        temperature: How peaked softmax features are (heads,); 'softmax' needs it.
+        mode: 'walk', or 'spectral': signed weights and no degrees, `sum_j beta^j (S S^T)^j S v` of an S = q k^T that is
+            scaled to a norm of at most 1.
+        features: 'softmax' or 'elu' (elu + 1) of a walk, 'signed' (q and k themselves) of 'spectral'.
+        doublings: Terms of the series are 2^doublings: 7 leave out 1e-6 of its sum at beta = 0.9. Gradients are those
+            of the inverse, which differs where that share is large.
+
+    Returns:
+        (B, heads, N, e) in the dtype of `v`.
+
+    Raises:
+        ValueError: An option is unknown, does not go with another one, or is missing.
+    """
+    if not torch.jit.is_scripting():
+        _check_options(mode, features, doublings)
+        if features == 'softmax' and temperature is None:
+            raise ValueError("temperature=None, but features='softmax' need a (heads,) tensor.")
+    if not torch.jit.is_scripting() and q.device.type != 'meta':
+        with torch.autocast(device_type=q.device.type, enabled=False):
+            return _random_walk_attention(q, k, v, temperature, beta, mode, features, doublings)
+    return _random_walk_attention(q, k, v, temperature, beta, mode, features, doublings)
+
+
+class RandomWalkAttention(nn.Module):
+    """Multi-head attention by random walks over all positions of a map, linear in H W.
+
+    Ours, after the abstract of https://openreview.net/forum?id=LTvSyvRaJO: see the top of this file. Inference on a CPU
+    takes large maps in bands of rows.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            mode: str = 'walk',
+            features: Optional[str] = None,
+            init_temperature: float = 4.,
+            init_beta: float = 0.107,
+            qkv_bias: bool = True,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            num_heads: Attention heads.
+            mode: 'walk' or 'spectral', see `random_walk_attention`.
+            features: 'softmax' (by default) or 'elu' of a walk, 'signed' of 'spectral'.
+            init_temperature: Where the temperature of softmax features starts, learned for each head within 0.5 to 16.
+            init_beta: Where beta starts, learned for each head between 0 and 0.9; at 0 it stays there, and attention is
+                one step.
+            qkv_bias: Bias of the query, key and value projections.
+
+        Raises:
+            ValueError: `dim` is not divisible by `num_heads`, or another argument is unknown or out of range.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        if features is None:
+            features = FEATURES.get(mode, ('',))[0]
+        _check_options(mode, features, DOUBLINGS)
+        if not MIN_TEMPERATURE <= init_temperature <= MAX_TEMPERATURE:
+            raise ValueError(
+                f'init_temperature={init_temperature} must lie between {MIN_TEMPERATURE} and {MAX_TEMPERATURE}.')
+        if not 0 <= init_beta < MAX_BETA:
+            raise ValueError(f'init_beta={init_beta} must be 0, or lie between 0 and {MAX_BETA}.')
+        self.num_heads = num_heads
+        self.head_dim = check_heads(dim, num_heads)
+        self.mode = mode
+        self.features = features
+        self.init_temperature = init_temperature
+        self.init_beta = init_beta
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.log_temperature = nn.Parameter(torch.empty(num_heads, **dd)) if features == 'softmax' else None
+        self.theta = nn.Parameter(torch.empty(num_heads, **dd)) if init_beta > 0 else None
+        self.proj = nn.Linear(dim, dim, **dd)
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Initialise temperatures and betas."""
+        if self.log_temperature is not None:
+            nn.init.constant_(self.log_temperature, math.log(self.init_temperature))
+        if self.theta is not None:
+            nn.init.constant_(self.theta, math.log(self.init_beta / (MAX_BETA - self.init_beta)))
+
+    def beta(self, max_beta: float = MAX_BETA) -> Optional[torch.Tensor]:
+        """Probability (num_heads,) to return, in float32 at least, None where it is 0 for good."""
+        theta = self.theta
+        if theta is None:
+            return None
+        return _at_least_float32(theta).sigmoid() * max_beta
+
+    def temperature(
+            self,
+            least: float = math.log(MIN_TEMPERATURE),
+            most: float = math.log(MAX_TEMPERATURE),
+    ) -> Optional[torch.Tensor]:
+        """Temperature (num_heads,) of softmax features, in float32 at least, None for others."""
+        log_temperature = self.log_temperature
+        if log_temperature is None:
+            return None
+        return _at_least_float32(log_temperature).clamp(least, most).exp()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x):
+                return self.in_bands(x)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor, doublings: int = DOUBLINGS) -> torch.Tensor:
+        B, H, W, C = x.shape
+        if torch.jit.is_scripting():
+            qkv = self.qkv(x)
+        else:
+            qkv = call_linear(self.qkv, x)
+        q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = random_walk_attention(q, k, v, self.beta(), self.temperature(), self.mode, self.features, doublings)
+        x = x.transpose(1, 2).reshape(B, H, W, C)
+        if torch.jit.is_scripting():
+            return self.proj(x)
+        else:
+            return call_linear(self.proj, x)
+
+    @torch.jit.unused
+    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for inference: large maps by image and in bands of rows."""
+        plain = is_plain(self.qkv) and is_plain(self.proj)
+        if self.mode != 'walk' or not plain or x.shape[1] * x.shape[2] < BANDS_FROM:
+            return self._forward(x) if norm is None else x + self._forward(norm(x))
+        dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
+        out = x.new_empty(x.shape, dtype=dtype if norm is None else torch.promote_types(x.dtype, dtype))
+        for image, image_out in zip(x, out):
+            self._image_in_bands(image, norm, dtype, image_out)
+        return out
+
+    @torch.jit.unused
+    def _image_in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module],
+            dtype: torch.dtype,
+            out: torch.Tensor,
+    ) -> None:
+        """(H, W, C) into (H, W, C) in three passes over bands: features and their means; sums over tokens; outputs."""
+        H, W, C = x.shape
+        heads, r = self.num_heads, self.head_dim
+        rows = band_rows(H, 3 * W * C, BAND)
+        bands = [x[i:i + rows].reshape(-1, C) for i in range(0, H, rows)]
+        weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
+        qk_bias, v_bias = (None, None) if bias is None else bias.to(dtype).split([2 * C, C])
+        with torch.autocast('cpu', enabled=False):
+            beta, temperature = self.beta(), self.temperature()
+            temperature = None if temperature is None else temperature.unsqueeze(1)
+            parts, mean = [], 0
+            for band in bands:
+                band = (band if norm is None else norm(band)).to(dtype)
+                p = linear(band, weight[:2 * C], qk_bias).view(-1, 2, heads, r)
+                p = _features(_at_least_float32(p), temperature)
+                mean = mean + p.sum(dim=0) / (H * W)
+                parts.append((p, linear(band, weight[2 * C:], v_bias)))
+
+            other = mean.flip(0).clamp_min_(1e-30)  # each kind of node is weighed by the mean of the other
+            grams = mean.new_zeros(2 * heads, r, r)
+            y = mean.new_zeros(heads, r, r)
+            for i, (p, v) in enumerate(parts):
+                v = _at_least_float32(v).view(-1, heads, r)
+                y.baddbmm_(p[:, 1].permute(1, 2, 0), v.transpose(0, 1))
+                kinds = 1 if beta is None else 2
+                edges = p[:, :kinds] * other[:kinds]
+                inverse = edges.sum(dim=-1, keepdim=True).clamp_min_(MIN_DEGREE).reciprocal_()
+                if beta is not None:
+                    weighted = p * inverse
+                    grams.baddbmm_(p.flatten(1, 2).permute(1, 2, 0), weighted.flatten(1, 2).transpose(0, 1))
+                # a distribution over anchors, which take means of values below: both within the range of float16
+                parts[i] = edges[:, 0].mul_(inverse[:, 0]).flatten(1).to(dtype)
+            y /= H * W
+            if beta is not None:
+                beta = beta.reshape(-1, 1, 1)
+                h_q, h_k = (grams / (H * W)).chunk(2)
+                y = _walks(((beta * h_k) @ h_q).unsqueeze(0), y.unsqueeze(0), beta, DOUBLINGS).squeeze(0)
+
+            # what is left sums over features, not over positions, so that half precision will do; one product for both
+            proj = self.proj.weight.to(y.dtype).unflatten(1, (heads, r)).permute(1, 2, 0)
+            proj = (y / other[0].unsqueeze(-1) @ proj).flatten(0, 1).t().to(dtype).contiguous()
+            bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
+            for band, queries, band_out in zip(bands, parts, out.flatten(0, 1).split(rows * W)):
+                z = linear(queries, proj, bias)
+                if norm is None:
+                    band_out.copy_(z)
+                else:
+                    torch.add(band, z, out=band_out)

@@ -1,0 +1,351 @@
+"""XNorm attention: Song and Lee, 'X-ViT: High Performance Linear Vision Transformer without Softmax', arXiv 2205.13805,
+a renamed version of UFO-ViT, arXiv 2109.14382.
+
+No softmax and no feature map. Keys and values are multiplied first, d x d for each head, and two l2 norms take the
+place of the softmax:
+
+    out = XN(Q) XN(K^T V),    XN(t) = gamma t / |t|
+
+The norm of Q is over its channels, that of K^T V over the channels of the keys, the same that Q contracts with. So
+
+    out[n, j] = gamma_q gamma_kv cos(Q[n, :], (K^T V)[:, j]),
+
+the cosine between a position and the j-th column of K^T V.
+
+Documented: the order of the products, a learned scale for each head, the two axes (by a reader's note of the formula;
+copies of it that circulate take the norm of K^T V over the channels of the values, which is no cosine). Ours, where the
+paper is silent: a scale of its own for Q and for K^T V, both 1 at first, and what happens at zero. The authors have not
+released code.
+"""
+from typing import Optional, Tuple
+
+import torch
+import torch.nn as nn
+
+from ._common import band_rows, check_heads, is_plain, linear, use_bands
+
+KV_AXES = ('key', 'value')
+
+# Shorter vectors have no direction: they give zero, and get no gradient.
+EPS = 1e-6
+
+# In inference: positions from which an image goes by itself and K^T V is multiplied into the output projection, and
+# elements of a band of rows. Measured on one core: that is faster by a tenth or more from 28 x 28 positions on, and
+# slower by as much at 14 x 14; bands from half to twice as large take the same time within the noise.
+FOLD_FROM = 512
+BAND = 2 ** 19
+
+
+def _inverse_norm(x: torch.Tensor, dim: int, eps: float) -> torch.Tensor:
+    """1 / |x| over an axis that is kept, 0 where |x| < eps.
+
+    That a product with x has no gradient at x = 0 is what `F.normalize` does not give: there it is 1 / eps.
+    """
+    square = x.square().sum(dim=dim, keepdim=True)
+    return square.clamp(min=eps * eps).rsqrt() * (square >= eps * eps)
+
+
+class _Sum(torch.autograd.Function):
+    """k^T v, (B, heads, d, e), which keeps its arguments as they come: no copies by head, none in float32."""
+
+    @staticmethod
+    def forward(ctx, k, v, dtype: torch.dtype):
+        ctx.save_for_backward(k, v)
+        return k.to(dtype).transpose(-2, -1) @ v.to(dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        k, v = ctx.saved_tensors
+        grad_k = v.to(grad.dtype) @ grad.transpose(-2, -1)
+        grad_v = k.to(grad.dtype) @ grad
+        return grad_k.to(k.dtype), grad_v.to(v.dtype), None
+
+
+class _UnitProduct(torch.autograd.Function):
+    """q / |q| times a (B, heads, d, e) matrix; keeps its arguments alone."""
+
+    @staticmethod
+    def forward(ctx, q, matrix, eps: float):
+        ctx.save_for_backward(q, matrix)
+        ctx.eps = eps
+        q = q.to(matrix.dtype)
+        return (q * _inverse_norm(q, -1, eps)) @ matrix
+
+    @staticmethod
+    def backward(ctx, grad):
+        q, matrix = ctx.saved_tensors
+        dtype, q = q.dtype, q.to(matrix.dtype)
+        inverse = _inverse_norm(q, -1, ctx.eps)
+        unit = q * inverse
+        grad_unit = grad @ matrix.transpose(-2, -1)
+        grad_q = inverse * (grad_unit - unit * (unit * grad_unit).sum(dim=-1, keepdim=True))
+        return grad_q.to(dtype), unit.transpose(-2, -1) @ grad, None
+
+
+def _normalise_sum(
+        kv: torch.Tensor,
+        num_keys: int,
+        gamma_q: Optional[torch.Tensor],
+        gamma_kv: Optional[torch.Tensor],
+        kv_axis: str,
+        eps: float,
+) -> torch.Tensor:
+    """XN(K^T V) of (..., heads, d, e) with both scales."""
+    # the norm takes any factor out; with this one, the sum does not depend on the number of keys when it meets eps
+    kv = kv * num_keys ** -0.5
+    kv = kv * _inverse_norm(kv, -2 if kv_axis == 'key' else -1, eps)
+    if gamma_q is not None:
+        kv = kv * gamma_q.to(kv.dtype).view(-1, 1, 1)
+    if gamma_kv is not None:
+        kv = kv * gamma_kv.to(kv.dtype).view(-1, 1, 1)
+    return kv
+
+
+def _xnorm_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gamma_q: Optional[torch.Tensor],
+        gamma_kv: Optional[torch.Tensor],
+        kv_axis: str,
+        eps: float,
+) -> torch.Tensor:
+    dtype = v.dtype
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    if torch.jit.is_scripting():
+        q, k, v = q.to(wide), k.to(wide), v.to(wide)
+        kv = _normalise_sum(k.transpose(-2, -1) @ v, k.shape[2], gamma_q, gamma_kv, kv_axis, eps)
+        out = (q * _inverse_norm(q, -1, eps)) @ kv
+    else:
+        kv = _normalise_sum(_Sum.apply(k, v, wide), k.shape[2], gamma_q, gamma_kv, kv_axis, eps)
+        out = _UnitProduct.apply(q, kv, eps)
+    return out.to(dtype)
+
+
+def _check_kv_axis(kv_axis: str) -> None:
+    if kv_axis not in KV_AXES:
+        raise ValueError(f"Unknown kv_axis '{kv_axis}', expected one of {', '.join(KV_AXES)}.")
+
+
+def xnorm_attention(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        gamma_q: Optional[torch.Tensor] = None,
+        gamma_kv: Optional[torch.Tensor] = None,
+        kv_axis: str = 'key',
+        eps: float = EPS,
+) -> torch.Tensor:
+    """XNorm attention, linear in the number of positions: `XN(q) XN(k^T v)`.
+
+    Sums and norms are float32 (float64 for float64 input), with autocast off.
+
+    Args:
+        q: Queries (B, heads, N, d).
+        k: Keys (B, heads, M, d).
+        v: Values (B, heads, M, e).
+        gamma_q: Scale of the normalised queries of each head (heads,), 1 by default.
+        gamma_kv: Scale of the normalised `k^T v` of each head (heads,), 1 by default.
+        kv_axis: Axis of the norm of `k^T v`: 'key', the paper's, which makes the result a cosine times the scales, or
+            'value', as in copies that circulate.
+        eps: Queries, and columns of `k^T v / sqrt(M)`, of a smaller norm count as zero.
+
+    Returns:
+        (B, heads, N, e) in the dtype of `v`.
+
+    Raises:
+        ValueError: `kv_axis` is unknown.
+    """
+    if not torch.jit.is_scripting():
+        _check_kv_axis(kv_axis)
+    if not torch.jit.is_scripting() and q.device.type != 'meta':
+        with torch.autocast(device_type=q.device.type, enabled=False):
+            return _xnorm_attention(q, k, v, gamma_q, gamma_kv, kv_axis, eps)
+    return _xnorm_attention(q, k, v, gamma_q, gamma_kv, kv_axis, eps)
+
+
+def _attn_dim(dim: int, num_heads: int, attn_dim: Optional[int], attn_ratio: float) -> Tuple[int, int]:
+    """Channels of queries, keys and values, and of one head."""
+    if attn_dim is not None:
+        return attn_dim, check_heads(attn_dim, num_heads, 'attn_dim')
+    attn_dim = int(dim * attn_ratio)
+    name = 'dim' if attn_ratio == 1. else f'dim * attn_ratio = {dim} * {attn_ratio}'
+    return attn_dim, check_heads(attn_dim, num_heads, name)
+
+
+class XNormAttention(nn.Module):
+    """Multi-head XNorm attention over all positions of a map, linear in H W.
+
+    Paper: arXiv 2205.13805. Permuting the positions permutes the output: where a position lies has to be told by other
+    parts of a network.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            attn_dim: Optional[int] = None,
+            attn_ratio: float = 1.,
+            qkv_bias: bool = True,
+            kv_axis: str = 'key',
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            num_heads: Attention heads.
+            attn_dim: Channels of queries, keys and values each ('embed' in the paper's tables, where it is below
+                `dim`), `dim * attn_ratio` by default.
+            attn_ratio: These over `dim`, where `attn_dim` is not given.
+            qkv_bias: Bias of the query, key and value projections.
+            kv_axis: Axis of the norm of the products of keys and values, see `xnorm_attention`.
+            proj_drop: Dropout after the output projection.
+
+        Raises:
+            ValueError: The channels are not divisible by `num_heads`, or `kv_axis` is unknown.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_kv_axis(kv_axis)
+        self.num_heads = num_heads
+        self.attn_dim, self.head_dim = _attn_dim(dim, num_heads, attn_dim, attn_ratio)
+        self.kv_axis = kv_axis
+        self.qkv = nn.Linear(dim, 3 * self.attn_dim, bias=qkv_bias, **dd)
+        self.gamma_q = nn.Parameter(torch.empty(num_heads, **dd))
+        self.gamma_kv = nn.Parameter(torch.empty(num_heads, **dd))
+        self.proj = nn.Linear(self.attn_dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0. else nn.Identity()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set both scales of each head to 1."""
+        nn.init.ones_(self.gamma_q)
+        nn.init.ones_(self.gamma_kv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, C) to (B, H, W, C)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x):
+                return self.in_bands(x)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        B, H, W, _ = x.shape
+        qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv.unbind(0)
+        x = xnorm_attention(q, k, v, self.gamma_q, self.gamma_kv, self.kv_axis)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, self.attn_dim)))
+
+    @torch.jit.unused
+    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference."""
+        if not is_plain(self.qkv) or not is_plain(self.proj) or torch.is_autocast_enabled('cpu'):
+            return self._forward(x) if norm is None else x + self._forward(norm(x))
+        B, H, W, C = x.shape
+        width = max(C, 3 * self.attn_dim)
+        wide = torch.promote_types(x.dtype, torch.float32)
+        out = None
+        if H * W < FOLD_FROM:
+            images = max(1, BAND // (H * W * width))
+            for b in range(0, B, images):
+                band = x[b:b + images]
+                q, k, v = self._project(band if norm is None else norm(band)).unflatten(0, (-1, H * W)).permute(
+                    2, 0, 3, 1, 4).to(wide)
+                kv = self._normalised(k.transpose(-2, -1) @ v, H * W)
+                y = (q * _inverse_norm(q, -1, EPS)) @ kv
+                y = y.transpose(1, 2).flatten(2).to(x.dtype)
+                y = linear(y, self.proj.weight, self.proj.bias).unflatten(1, (H, W))
+                out = self._write(out, x, band, y, norm is not None, slice(b, b + images), slice(None))
+            return out
+
+        # XN(K^T V) times the output projection is one matrix for each image: only the normalised queries outlive a band
+        rows = band_rows(H, W * width, BAND)
+        queries = x.new_empty(H, W, self.attn_dim)
+        weight = self.proj.weight.to(wide).unflatten(1, (self.num_heads, -1)).permute(1, 2, 0)  # (heads, e, C)
+        for b in range(B):
+            kv = x.new_zeros(self.num_heads, self.head_dim, self.head_dim, dtype=wide)
+            for i in range(0, H, rows):
+                band = x[b, i:i + rows]
+                # each (positions, heads, d)
+                q, k, v = self._project(band if norm is None else norm(band)).to(wide).unbind(1)
+                kv.baddbmm_(k.permute(1, 2, 0), v.transpose(0, 1))
+                torch.mul(q, _inverse_norm(q, -1, EPS), out=queries[i:i + rows].view_as(q))
+            folded = (self._normalised(kv, H * W) @ weight).flatten(0, 1).t().to(x.dtype).contiguous()
+            for i in range(0, H, rows):
+                y = linear(queries[i:i + rows], folded, self.proj.bias)
+                out = self._write(out, x, x[b, i:i + rows], y, norm is not None, b, slice(i, i + rows))
+        return out
+
+    @torch.jit.unused
+    def _project(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values (positions, 3, heads, d)."""
+        qkv = linear(x.flatten(0, -2), self.qkv.weight, self.qkv.bias)
+        return qkv.unflatten(1, (3, self.num_heads, self.head_dim))
+
+    @torch.jit.unused
+    def _normalised(self, kv: torch.Tensor, num_keys: int) -> torch.Tensor:
+        return _normalise_sum(kv, num_keys, self.gamma_q, self.gamma_kv, self.kv_axis, EPS)
+
+    @torch.jit.unused
+    def _write(self, out: Optional[torch.Tensor], x, band, y, add: bool, images, rows) -> torch.Tensor:
+        """Put a band of the result, or of its sum with the map, where it belongs."""
+        y = self.proj_drop(y)
+        if out is None:
+            out = y.new_empty(x.shape, dtype=torch.result_type(x, y) if add else y.dtype)
+        if add:
+            torch.add(band, y, out=out[images, rows])
+        else:
+            out[images, rows] = y
+        return out
+
+
+class XNormClassAttention(nn.Module):
+    """XNorm attention of a class token to itself and all positions.
+
+    That this layer has XNorm in place of softmax is documented for UFO-ViT, arXiv 2109.14382; that the class token
+    alone is updated is inherited from CaiT, arXiv 2103.17239.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int = 8,
+            attn_dim: Optional[int] = None,
+            attn_ratio: float = 1.,
+            qkv_bias: bool = True,
+            kv_axis: str = 'key',
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """As for `XNormAttention`."""
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_kv_axis(kv_axis)
+        self.num_heads = num_heads
+        self.attn_dim, self.head_dim = _attn_dim(dim, num_heads, attn_dim, attn_ratio)
+        self.kv_axis = kv_axis
+        self.q = nn.Linear(dim, self.attn_dim, bias=qkv_bias, **dd)
+        self.kv = nn.Linear(dim, 2 * self.attn_dim, bias=qkv_bias, **dd)
+        self.gamma_q = nn.Parameter(torch.empty(num_heads, **dd))
+        self.gamma_kv = nn.Parameter(torch.empty(num_heads, **dd))
+        self.proj = nn.Linear(self.attn_dim, dim, **dd)
+        self.proj_drop = nn.Dropout(proj_drop) if proj_drop > 0. else nn.Identity()
+        self.reset_parameters()
+
+    @torch.jit.ignore
+    def reset_parameters(self) -> None:
+        """Set both scales of each head to 1."""
+        nn.init.ones_(self.gamma_q)
+        nn.init.ones_(self.gamma_kv)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Class token and positions (B, 1 + N, C) to the class token's (B, 1, C)."""
+        B, N, _ = x.shape
+        q = self.q(x[:, :1]).reshape(B, 1, self.num_heads, self.head_dim).transpose(1, 2)
+        k, v = self.kv(x).reshape(B, N, 2, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = xnorm_attention(q, k, v, self.gamma_q, self.gamma_kv, self.kv_axis)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, 1, self.attn_dim)))

@@ -1,0 +1,316 @@
+"""The switch of Castling models from training to inference: the auxiliary branch, measured, ramped down and removed.
+
+The method is that of arXiv 2211.10526, which only says that the branch fades; the relative threshold, the ramp and the
+checks are ours.
+"""
+from contextlib import contextmanager
+from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+
+from timm.layers import get_device_dtype
+from timm.models import reparameterize_model
+
+from ..attention.linear_angular import LinearAngular, check_aux_mode
+
+# On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.
+CHECK_INTERVAL = 100
+# Constructor arguments that belong to a training, not to the model that it leaves.
+SCHEDULE_ARGUMENTS = ('castling_steps', 'castling_ramp')
+
+
+def check_ramp(ramp: Sequence[float]) -> Tuple[float, float]:
+    start, end = ramp
+    if not 0. <= start < end <= 1.:
+        raise ValueError(f'ramp={tuple(ramp)} must be two rising shares of the training, in [0, 1].')
+    return float(start), float(end)
+
+
+@contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Evaluation mode without autograd; then each module is in its mode again, frozen norms in theirs."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+class Castling:
+    """Mixin of models around `LinearAngular` layers."""
+
+    castling_step: torch.Tensor
+
+    def castling_layers(self) -> Dict[str, LinearAngular]:
+        """The layers with an auxiliary branch, by name."""
+        return {name: m for name, m in self.named_modules() if isinstance(m, LinearAngular) and m.aux is not None}
+
+    def set_castling(
+            self,
+            mode: Optional[str] = None,
+            threshold: Optional[float] = None,
+            weight: Optional[float] = None,
+            ramp: Optional[float] = None,
+    ) -> None:
+        """Set the auxiliary branch of all layers; None leaves a setting as it is.
+
+        Args:
+            mode: 'off', 'train' (on in training mode alone) or 'always'.
+            threshold: Softmax weights up to this size do not count.
+            weight: Factor of what the branch adds.
+            ramp: From 0 to 1, how far the threshold of each layer is on its way to 1, on a logarithmic scale.
+
+        Raises:
+            ValueError: A value is out of range; nothing is changed then.
+        """
+        if mode is not None:
+            check_aux_mode(mode)
+        if threshold is not None and not 0. <= threshold <= 1.:
+            raise ValueError(f'threshold={threshold} must lie in [0, 1].')
+        if ramp is not None and not 0. <= ramp <= 1.:
+            raise ValueError(f'ramp={ramp} must lie in [0, 1].')
+        for layer in self.castling_layers().values():
+            if mode is not None:
+                layer.aux.mode = mode
+            for buffer, value in ((layer.aux.threshold, threshold), (layer.aux.weight, weight), (layer.aux.ramp, ramp)):
+                if value is not None:
+                    buffer.fill_(value)
+
+    def castling_stats(self, batches: Union[torch.Tensor, Iterable[Any]]) -> Dict[str, Dict[str, float]]:
+        """What the auxiliary branch does in each layer, with the thresholds and weights now in force.
+
+        The branch is on while it is measured, whatever its mode, so that each layer gets what it gets in training.
+
+        Args:
+            batches: Images (B, in_chans, H, W), or a loader of them or of tuples that begin with them.
+
+        Returns:
+            For each layer by name, means over the batches: the number of `tokens` (queries) and `keys` (after
+            pooling); the `density` of the mask; the share `rows_with_entry` of queries with any weight left; the
+            `mass`, sum of the weights left per query, 1 without a mask; and the `gap`
+            |output with - output without the branch| / |output with it|. Zero everywhere but in `tokens` and `keys`:
+            switching changes nothing.
+        """
+        self._follow_schedule()  # a loaded state dict or a moving average brings the count alone
+        layers = self.castling_layers()
+        sums: Dict[str, Dict[str, float]] = {name: {} for name in layers}
+        modes = {name: layer.aux.mode for name, layer in layers.items()}
+        handles: List[Any] = []
+
+        def measure(name: str) -> Callable[..., None]:
+            def hook(layer: LinearAngular, args: Tuple[Any, ...], out: Any) -> None:
+                stats: Dict[str, float] = {}
+                aux_handle = layer.aux.register_forward_pre_hook(
+                    lambda aux, aux_args: stats.update(aux.stats(*aux_args)))
+                try:
+                    with_aux = _tensor(layer.forward(*args))
+                finally:
+                    aux_handle.remove()
+                layer.aux.mode = 'off'
+                without = _tensor(layer.forward(*args))
+                layer.aux.mode = 'always'
+                norm = torch.linalg.vector_norm(with_aux.float())
+                gap = torch.linalg.vector_norm((with_aux - without).float()) / norm.clamp(min=1e-30)
+                stats['gap'] = gap.item()
+                for k, v in stats.items():
+                    sums[name][k] = sums[name].get(k, 0.) + v
+            return hook
+
+        count = 0
+        try:
+            for name, layer in layers.items():
+                layer.aux.mode = 'always'
+                handles.append(layer.register_forward_hook(measure(name)))
+            with _evaluating(self):
+                for batch in [batches] if isinstance(batches, torch.Tensor) else batches:
+                    self(batch if isinstance(batch, torch.Tensor) else batch[0])
+                    count += 1
+        finally:
+            for handle in handles:
+                handle.remove()
+            for name, layer in layers.items():
+                layer.aux.mode = modes[name]
+        if count == 0:
+            raise ValueError('castling_stats needs at least one batch of images.')
+        return {name: {k: v / count for k, v in stats.items()} for name, stats in sums.items()}
+
+    def switch_to_inference(self, sample: Optional[torch.Tensor] = None, tol: float = 0.) -> 'Castling':
+        """Remove the auxiliary branch for good. Parameters and their names stay.
+
+        Args:
+            sample: Images (B, in_chans, H, W) on which the outputs with and without the branch are compared first.
+            tol: Largest difference of an output that is let pass.
+
+        Returns:
+            The model.
+
+        Raises:
+            ValueError: The outputs differ by more than `tol`; the model is left as it was.
+        """
+        self._follow_schedule()
+        layers = self.castling_layers().values()
+        modes = [layer.aux.mode for layer in layers]
+        if sample is not None and set(modes) != {'off'}:
+            try:
+                with _evaluating(self):
+                    for layer, mode in zip(layers, modes):
+                        layer.aux.mode = 'off' if mode == 'off' else 'always'
+                    before = self(sample)
+                    self.set_castling(mode='off')
+                    gap = (before - self(sample)).abs().max().item()
+            finally:
+                for layer, mode in zip(layers, modes):
+                    layer.aux.mode = mode
+            if not gap <= tol:
+                raise ValueError(
+                    f'Without the auxiliary branch an output changes by {gap:.3g}, more than tol={tol}: its masks are '
+                    f'not empty. castling_stats tells in which layers; train on until the ramp has ended, or '
+                    f'accept the difference with tol={float(f"{gap:.1g}") * 2:.3g}.')
+        self.set_castling(mode='off')
+        self._end_schedule()
+        return self
+
+    def fuse(self) -> 'Castling':
+        """Fold batch norms into the layers before them and expand the convolutions of the values, in evaluation mode.
+
+        Outputs stay the same up to rounding. The state dict becomes another, which no unfused model loads.
+
+        Returns:
+            The model.
+        """
+        dd = get_device_dtype(self)
+        self.eval()
+        reparameterize_model(self, inplace=True)
+        return self.to(**dd)  # timm fuses into layers of the default type
+
+    def schedule_castling(self, steps: int, ramp: Sequence[float] = (.1, .7)) -> None:
+        """Let the model advance the ramp by itself, by the number of its forward passes in training mode.
+
+        The number is kept in the state dict as `castling_step`, so that a resumed training goes on where it stopped;
+        a model without a schedule loads such a state dict and leaves the number out.
+
+        Args:
+            steps: Forward passes of the whole training; with gradients accumulated over n passes, n times the updates.
+            ramp: Shares of these between which the thresholds rise.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        if steps < 1:
+            raise ValueError(f'castling_steps={steps} must be positive.')
+        self._end_schedule()
+        self._castling_range = [share * steps for share in check_ramp(ramp)]
+        self._castling_calls = 0
+        device = next(self.parameters()).device
+        self.register_buffer('castling_step', torch.zeros((), dtype=torch.long, device=device))
+        self._castling_hook = self.register_forward_pre_hook(_advance)
+        self.set_castling(mode='train')
+
+    def _follow_schedule(self) -> Optional[torch.Tensor]:
+        """Set the ramp for the forward pass to come, by the count so far. None without a schedule."""
+        if getattr(self, '_castling_range', None) is None:
+            return None
+        start, end = self._castling_range
+        ramp = ((self.castling_step - start) / (end - start)).clamp(0., 1.)
+        for layer in self.castling_layers().values():
+            layer.aux.ramp.copy_(ramp)
+        return ramp
+
+    def _reset_schedule(self) -> None:
+        if getattr(self, '_castling_range', None) is not None:
+            self.castling_step.zero_()
+
+    def init_weights(self, *args: Any, **kwargs: Any) -> None:
+        """Initialise all weights; arguments as for the backbone. A schedule begins again."""
+        super().init_weights(*args, **kwargs)
+        self._reset_schedule()
+
+    def _end_schedule(self) -> None:
+        if getattr(self, '_castling_range', None) is not None:
+            self._castling_hook.remove()
+            self._castling_range = None
+            del self.castling_step
+
+    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = prefix + 'castling_step'
+        if getattr(self, '_castling_range', None) is None:
+            state_dict.pop(key, None)
+        elif key not in state_dict:
+            state_dict[key] = torch.zeros_like(self.castling_step)  # weights to start from
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
+
+
+def _tensor(out: Any) -> torch.Tensor:
+    return out if isinstance(out, torch.Tensor) else out[0]
+
+
+def _advance(model: nn.Module, args: Any) -> None:
+    """Set the ramp for the forward pass to come and count it; all in tensors, which a compiler need not see again."""
+    if not model.training:
+        return
+    ramp = model._follow_schedule()
+    model.castling_step += 1
+    if torch.compiler.is_compiling():
+        return
+    model._castling_calls += 1
+    if model.castling_step.device.type == 'cpu' or model._castling_calls % CHECK_INTERVAL == 0:
+        # at the end of the ramp the branch adds exactly nothing, so it need not be computed any more
+        model.set_castling(mode='off' if ramp == 1. else 'train')
+
+
+class CastlingSchedule:
+    """Ramp of the thresholds, advanced by the training loop. For loops of others, see `Castling.schedule_castling`.
+
+        schedule = CastlingSchedule(model, total_steps)
+        for images, targets in loader:
+            ...
+            schedule.step()
+
+    From `ramp[0]` to `ramp[1]` of the steps the threshold of each layer rises to 1 on a logarithmic scale. Then the
+    branch, which now adds exactly nothing, is turned off. Ours.
+    """
+
+    def __init__(
+            self,
+            model: nn.Module,
+            total_steps: int,
+            ramp: Sequence[float] = (.1, .7),
+            kappa: Optional[float] = None,
+    ):
+        """
+        Args:
+            model: A Castling model, whose branch is turned on in training mode.
+            total_steps: Updates of the whole training.
+            ramp: Shares of these between which the thresholds rise.
+            kappa: New first threshold of each layer, relative to 1 over its number of keys; None to keep it.
+
+        Raises:
+            ValueError: A value is out of range, or the model has no auxiliary branch or a schedule of its own.
+        """
+        if not isinstance(model, Castling) or not model.castling_layers():
+            raise ValueError(f'{type(model).__name__} has no layers with an auxiliary branch.')
+        if getattr(model, '_castling_range', None) is not None:
+            raise ValueError('The model advances a ramp by itself already, see castling_steps.')
+        if total_steps < 1:
+            raise ValueError(f'total_steps={total_steps} must be positive.')
+        if kappa is not None and kappa < 0.:
+            raise ValueError(f'kappa={kappa} must not be negative.')
+        self.model = model
+        self.total_steps = total_steps
+        self.ramp = check_ramp(ramp)
+        for layer in model.castling_layers().values():
+            if kappa is not None:
+                layer.aux.kappa = float(kappa)
+        self.steps = -1
+        self.step()
+
+    def step(self, steps: Optional[int] = None) -> None:
+        """Advance to the next update, or to that after `steps` updates, as to resume a training."""
+        self.steps = self.steps + 1 if steps is None else steps
+        start, end = (share * self.total_steps for share in self.ramp)
+        ramp = min(max((self.steps - start) / (end - start), 0.), 1.)
+        self.model.set_castling(mode='off' if ramp == 1. else 'train', ramp=ramp)

@@ -1,0 +1,155 @@
+"""GKViT, a graph-kernel ViT
+
+Paper: 'Improving Vision Attention with Random Walk Graph Kernel', https://openreview.net/forum?id=LTvSyvRaJO
+
+A SegFormer-like pyramid without reduction of keys and values, whose attention is linear in pixels at every stage: walks
+of any number of steps between queries and keys. The paper, an anonymous submission to ICLR 2023, was withdrawn, and
+neither its text nor code is public. Its abstract documents the kernel, the bipartite graph, the inverse of a small
+matrix, and savings of 15 % of the parameters and 10 to 25 % of the computation in semantic segmentation. That the
+backbone is SegFormer's (MiT) without the convolutions that reduce keys and values is inferred from these savings.
+Feature map, normalisation, every formula and every size are ours, as are the names gkvit_*; nothing here reproduces the
+authors' models or results.
+
+@misc{randomwalk2022,
+  title={Improving Vision Attention with Random Walk Graph Kernel},
+  author={Anonymous},
+  howpublished={OpenReview, forum LTvSyvRaJO, submission to ICLR 2023, withdrawn},
+  year={2022}
+}
+"""
+from typing import Any, Callable, Dict, Optional, Sequence, Union
+
+import torch
+from torch import nn
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.models import generate_default_cfgs, register_model
+
+from .._timm import build_model
+from ._pyramid import Pyramid
+from ._weights import fit, unwrap
+
+__all__ = ['GraphKernelVisionTransformer']
+
+
+class GraphKernelVisionTransformer(Pyramid):
+    """GKViT: the shared pyramid around attention by random walks.
+
+    Ours, after https://openreview.net/forum?id=LTvSyvRaJO.
+    """
+
+    def __init__(
+            self,
+            embed_dims: Sequence[int] = (64, 128, 320, 512),
+            depths: Sequence[int] = (2, 2, 2, 2),
+            num_heads: Union[int, Sequence[int]] = (2, 4, 10, 16),
+            mlp_ratios: Union[float, Sequence[float]] = 4.,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'random_walk',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage, of 32 channels by default.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            attn_layer: Mechanism by name, or a module class or factory.
+            attn_kwargs: Further arguments of the mechanism, such as `dict(init_beta=0.)` for attention of one step.
+            kwargs: As for `Pyramid`.
+        """
+        super().__init__(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs,
+            **kwargs,
+        )
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours, or a container of one; the authors published none.
+
+    A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+
+    Raises:
+        ValueError: The weights belong to another architecture or another variant, or some are missing.
+    """
+    return fit(unwrap(state_dict), model)
+
+
+def _create_gkvit(variant: str, pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        GraphKernelVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': None,
+        'paper_name': 'Improving Vision Attention with Random Walk Graph Kernel',
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs({
+    'gkvit_nano.untrained': _cfg(),
+    'gkvit_tiny.untrained': _cfg(),
+    'gkvit_small.untrained': _cfg(),
+    'gkvit_base.untrained': _cfg(),
+    'gkvit_large.untrained': _cfg(),
+})
+
+
+@register_model
+def gkvit_nano(pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    """GKViT-Nano, of the channels and depths of SegFormer's MiT-B0."""
+    model_args = dict(embed_dims=(32, 64, 160, 256), num_heads=(1, 2, 5, 8))
+    return _create_gkvit('gkvit_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def gkvit_tiny(pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    """GKViT-Tiny, of the channels and depths of SegFormer's MiT-B1."""
+    return _create_gkvit('gkvit_tiny', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def gkvit_small(pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    """GKViT-Small, of the channels and depths of SegFormer's MiT-B2; our recipe has `drop_path_rate=0.1`."""
+    return _create_gkvit('gkvit_small', pretrained=pretrained, **dict(dict(depths=(3, 4, 6, 3)), **kwargs))
+
+
+@register_model
+def gkvit_base(pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    """GKViT-Base, of the channels and depths of SegFormer's MiT-B3; our recipe has `drop_path_rate=0.3`."""
+    return _create_gkvit('gkvit_base', pretrained=pretrained, **dict(dict(depths=(3, 4, 18, 3)), **kwargs))
+
+
+@register_model
+def gkvit_large(pretrained: bool = False, **kwargs: Any) -> GraphKernelVisionTransformer:
+    """GKViT-Large, of the channels and depths of SegFormer's MiT-B5; our recipe has `drop_path_rate=0.4`."""
+    return _create_gkvit('gkvit_large', pretrained=pretrained, **dict(dict(depths=(3, 6, 40, 3)), **kwargs))

@@ -1,0 +1,742 @@
+"""X-ViT, also UFO-ViT
+
+Paper: 'X-ViT: High Performance Linear Vision Transformer without Softmax', https://arxiv.org/abs/2205.13805, T4V
+workshop at CVPR 2022
+
+Two l2 norms take the place of the softmax, which makes attention linear in pixels. The models are flat, of one width at
+stride 16; they are UFO-ViT (arXiv 2109.14382) under its later name, and no relation of the video model and of the Flax
+model that are also called X-ViT.
+
+The authors have released neither code nor weights, and this is a reconstruction, not a reproduction. Documented: the
+operator and its axes, class attention with the same operator, a stem and local layers of convolutions, pointwise MLPs.
+Inherited from XCiT, CaiT and DeiT, on which the paper builds: the order of the layers, layer scale, two class attention
+blocks, the stem's channels, heads, initial values. Widths and depths of xvit_tiny, small, medium and base are those of
+UFO-ViT recalled from memory, since the tables could not be read; with them, parameters come within 0.5 % of the numbers
+recalled, those of tiny within 2.2 %. Whether X-ViT has other variants is not known. Learned scales for queries and for
+products of keys and values each, the grid of positions and drop path are ours. No accuracy of the paper could be
+checked, so none is given.
+
+xvit_pyramid_nano, tiny, small and base are ours altogether: XNorm attention in a PVTv2-like pyramid, for feature maps
+at four strides.
+
+@article{song2022xvit,
+  title={X-ViT: High Performance Linear Vision Transformer without Softmax},
+  author={Jeonggeun Song and Heung-Chang Lee},
+  journal={arXiv preprint arXiv:2205.13805}, year={2022}
+}
+"""
+import math
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+
+import torch
+from torch import nn
+
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ConvNormAct,
+    DropPath,
+    LayerScale,
+    Mlp as TokenMlp,
+    calculate_drop_path_rates,
+    get_device_dtype,
+    resample_abs_pos_embed_nhwc,
+    to_2tuple,
+)
+from timm.models import generate_default_cfgs, register_model
+
+from .._timm import (
+    build_model,
+    checkpoint,
+    feature_take_indices,
+    register_notrace_module,
+    update_model_input_size,
+)
+from ..attention import XNormClassAttention, get_attention_layer
+from ._pyramid import Mlp, Pyramid, check_input
+from ._weights import fit, unwrap
+
+__all__ = ['XNormPyramid', 'XNormVisionTransformer']
+
+_STEM = 'patch_embed.0.conv'
+_norm_layer = partial(nn.LayerNorm, eps=1e-6)
+
+register_notrace_module(XNormClassAttention)
+
+
+class LocalPatchInteraction(nn.Module):
+    """Depthwise convolutions among neighbours, (B, H, W, C) to (B, H, W, C).
+
+    Two convolutions with GELU and batch norm between them, in the order of XCiT (arXiv 2106.09681). With one, norm and
+    GELU follow it, which comes closer to the recalled parameter counts but contradicts the text.
+    """
+
+    def __init__(self, dim: int, num_convs: int = 2, device=None, dtype=None):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=num_convs == 2, **dd)
+        self.act = nn.GELU()
+        self.norm = nn.BatchNorm2d(dim, **dd)
+        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if num_convs == 2 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv1(x.permute(0, 3, 1, 2))
+        if self.conv2 is not None:
+            x = self.conv2(self.norm(self.act(x)))
+        else:
+            x = self.act(self.norm(x))
+        return x.permute(0, 2, 3, 1)
+
+
+class XNormBlock(nn.Module):
+    """Attention, local patch interaction and MLP on a (B, H, W, C) map, each pre-norm with layer scale."""
+
+    def __init__(
+            self,
+            dim: int,
+            attn: nn.Module,
+            mlp_ratio: float = 4.,
+            init_values: float = 1.,
+            lpi_convs: int = 2,
+            proj_drop: float = 0.,
+            drop_path: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = _norm_layer(dim, **dd)
+        self.attn = attn
+        self.ls1 = LayerScale(dim, init_values, **dd)
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm3 = _norm_layer(dim, **dd)
+        self.lpi = LocalPatchInteraction(dim, lpi_convs, **dd)
+        self.ls3 = LayerScale(dim, init_values, **dd)
+        self.drop_path3 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+        self.norm2 = _norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
+        x = x + self.drop_path3(self.ls3(self.lpi(self.norm3(x))))
+        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        return x
+
+
+class ClassBlock(nn.Module):
+    """Class attention and MLP of the class token, CaiT's block (arXiv 2103.17239) with XNorm."""
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            mlp_ratio: float = 4.,
+            init_values: float = 1.,
+            proj_drop: float = 0.,
+            device=None,
+            dtype=None,
+            **attn_kwargs: Any,
+    ):
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        self.norm1 = _norm_layer(dim, **dd)
+        self.attn = XNormClassAttention(dim, num_heads, proj_drop=proj_drop, **attn_kwargs, **dd)
+        self.ls1 = LayerScale(dim, init_values, **dd)
+        self.norm2 = _norm_layer(dim, **dd)
+        self.mlp = TokenMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.ls2 = LayerScale(dim, init_values, **dd)
+
+    def forward(self, token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """Class token (B, 1, C) and positions (B, N, C) to the class token."""
+        token = token + self.ls1(self.attn(self.norm1(torch.cat([token, x], dim=1))))
+        return token + self.ls2(self.mlp(self.norm2(token)))
+
+
+@register_notrace_module  # its table follows from the size of the map
+class FourierPosition(nn.Module):
+    """Sines and cosines of the row and the column, projected to the channels, for maps of any size.
+
+    Rows and columns count from 1, in parts of 2 pi over the whole side, as in DETR (arXiv 2005.12872) and XCiT.
+    """
+
+    def __init__(self, dim: int, num_freqs: int = 16, temperature: float = 10000., device=None, dtype=None):
+        super().__init__()
+        self.num_freqs = num_freqs
+        self.temperature = temperature
+        self.proj = nn.Linear(4 * num_freqs, dim, device=device, dtype=dtype)
+
+    def _features(self, size: int, like: torch.Tensor) -> torch.Tensor:
+        """(size, 2 num_freqs), in float32."""
+        position = torch.arange(1, size + 1, device=like.device, dtype=torch.float32) * (2. * math.pi / size)
+        exponent = torch.arange(self.num_freqs, device=like.device, dtype=torch.float32) / self.num_freqs
+        angle = position.unsqueeze(1) * self.temperature ** -exponent
+        return torch.cat([angle.sin(), angle.cos()], dim=1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, H, W, C) to the positions (1, H, W, C) to add to it."""
+        H, W = x.shape[1], x.shape[2]
+        rows = self._features(H, x).unsqueeze(1).expand(-1, W, -1)
+        columns = self._features(W, x).unsqueeze(0).expand(H, -1, -1)
+        return self.proj(torch.cat([rows, columns], dim=2).to(self.proj.weight.dtype)).unsqueeze(0)
+
+
+def _check_global_pool(global_pool: str) -> None:
+    if global_pool not in ('token', 'avg', ''):
+        raise ValueError(f"Unsupported global_pool '{global_pool}', expected 'token', 'avg' or '' (no pooling).")
+
+
+class XNormVisionTransformer(nn.Module):
+    """X-ViT: a convolutional stem, blocks of one width, and class attention as pooling.
+
+    Takes images of any size: each convolution of the stem halves a side, rounding up, and learned positions are resized
+    to the map. Class attention leaves the map as it is, so it belongs to the head here: `forward_features` gives the
+    map, and with another pooling there is no class attention.
+
+    Paper: arXiv 2205.13805; what is documented and what is not is said at the top of this file.
+    """
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            patch_size: int = 16,
+            in_chans: int = 3,
+            num_classes: int = 1000,
+            global_pool: str = 'token',
+            embed_dim: int = 384,
+            depth: int = 12,
+            class_depth: int = 2,
+            num_heads: int = 8,
+            attn_dim: Optional[int] = None,
+            mlp_ratio: float = 4.,
+            qkv_bias: bool = True,
+            init_values: float = 1.,
+            pos_embed: str = 'learn',
+            lpi_convs: int = 2,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            drop_rate: float = 0.,
+            pos_drop_rate: float = 0.,
+            proj_drop_rate: float = 0.,
+            drop_path_rate: float = 0.,
+            device=None,
+            dtype=None,
+    ):
+        """
+        Args:
+            img_size: Side, or height and width, of the images for whose map positions are learned.
+            patch_size: Stride of the stem, a power of two from 2: as many convolutions of stride 2.
+            in_chans: Channels of the input images.
+            num_classes: Classes of the head, 0 for none.
+            global_pool: 'token' for class attention, 'avg', or '' to leave the map unpooled.
+            embed_dim: Channels.
+            depth: Blocks.
+            class_depth: Blocks of class attention.
+            num_heads: Attention heads.
+            attn_dim: Channels of queries, keys and values each, `embed_dim` by default.
+            mlp_ratio: Hidden over outer channels of the MLP.
+            qkv_bias: Bias of the query, key and value projections.
+            init_values: Initial value of layer scale; the paper's ancestors take 1 for 12 blocks, 1e-5 for 24.
+            pos_embed: Positions: 'learn', 'fourier' or 'none'.
+            lpi_convs: Convolutions of local patch interaction, 2 or 1.
+            attn_layer: Mechanism in the blocks, by name, or a module class or factory; class attention is XNorm's.
+            attn_kwargs: Further arguments of that mechanism.
+            drop_rate: Dropout before the classifier.
+            pos_drop_rate: Dropout after the positions.
+            proj_drop_rate: Dropout in the MLP and after XNorm attention.
+            drop_path_rate: Stochastic depth rate of the last block, rising linearly from 0 at the first.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        super().__init__()
+        dd = {'device': device, 'dtype': dtype}
+        _check_global_pool(global_pool)
+        for name, value in dict(
+                in_chans=in_chans, embed_dim=embed_dim, depth=depth, class_depth=class_depth, num_heads=num_heads,
+                mlp_ratio=mlp_ratio).items():
+            if value <= 0:
+                raise ValueError(f'{name}={value} must be positive.')
+        if int(embed_dim * mlp_ratio) < 1:
+            raise ValueError(f'mlp_ratio={mlp_ratio} leaves no hidden channel at embed_dim={embed_dim}.')
+        if num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} must not be negative.')
+        if not 0 <= drop_path_rate < 1:
+            raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
+        if patch_size < 2 or patch_size & (patch_size - 1):
+            raise ValueError(f'patch_size={patch_size} must be a power of two from 2.')
+        num_convs = patch_size.bit_length() - 1
+        if embed_dim % 2 ** (num_convs - 1):
+            raise ValueError(
+                f'embed_dim={embed_dim} must be a multiple of {2 ** (num_convs - 1)} for patch_size={patch_size}, '
+                'whose first convolution has as small a part of the channels.')
+        if pos_embed not in ('learn', 'fourier', 'none'):
+            raise ValueError(f"Unknown pos_embed '{pos_embed}', expected one of learn, fourier, none.")
+        if lpi_convs not in (1, 2):
+            raise ValueError(f'lpi_convs={lpi_convs} must be 1 or 2.')
+
+        self.in_chans = in_chans
+        self.num_classes = num_classes
+        self.global_pool = global_pool
+        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.patch_size = patch_size
+        self.img_size = self._check_img_size(img_size)
+        self.grad_checkpointing = False
+        self._class_args = dict(
+            depth=class_depth, num_heads=num_heads, attn_dim=attn_dim, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
+            init_values=init_values, proj_drop=proj_drop_rate)
+
+        dims = [in_chans, *(embed_dim // 2 ** i for i in reversed(range(num_convs)))]
+        self.patch_embed = nn.Sequential(*[
+            ConvNormAct(
+                dims[i], dims[i + 1], 3, stride=2, act_layer=nn.GELU, apply_act=i < num_convs - 1, **dd)
+            for i in range(num_convs)])
+        grid = self._grid(self.img_size)
+        self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dim, **dd)) if pos_embed == 'learn' else None
+        self.pos_fourier = FourierPosition(embed_dim, **dd) if pos_embed == 'fourier' else None
+        self.pos_drop = nn.Dropout(pos_drop_rate)
+
+        if attn_layer == 'xnorm':
+            attn_kwargs = dict(
+                dict(attn_dim=attn_dim, qkv_bias=qkv_bias, proj_drop=proj_drop_rate), **(attn_kwargs or {}))
+        attn_factory = get_attention_layer(attn_layer)
+        rates = calculate_drop_path_rates(drop_path_rate, depth)
+        self.blocks = nn.Sequential(*[
+            XNormBlock(
+                embed_dim,
+                attn_factory(embed_dim, num_heads, **(attn_kwargs or {}), **dd),
+                mlp_ratio=mlp_ratio,
+                init_values=init_values,
+                lpi_convs=lpi_convs,
+                proj_drop=proj_drop_rate,
+                drop_path=rates[i],
+                **dd,
+            ) for i in range(depth)])
+        self.feature_info = [
+            dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
+
+        self._set_class_attention(global_pool == 'token', **dd)
+        self.norm = _norm_layer(embed_dim, **dd)
+        self.head_drop = nn.Dropout(drop_rate)
+        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self.init_weights(needs_reset=False)
+
+    def _set_class_attention(self, enable: bool, device=None, dtype=None) -> None:
+        """Make or remove the class token and its blocks."""
+        dd = {'device': device, 'dtype': dtype}
+        args = dict(self._class_args)
+        depth = args.pop('depth') if enable else 0
+        self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **dd)) if enable else None
+        self.cls_blocks = nn.ModuleList([ClassBlock(self.embed_dim, **args, **dd) for _ in range(depth)])
+
+    @staticmethod
+    def _check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+        H, W = to_2tuple(img_size)
+        if H < 1 or W < 1:
+            raise ValueError(f'img_size={img_size} must be positive.')
+        return H, W
+
+    def _grid(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+        """Sides of the map of an image."""
+        return -(-img_size[0] // self.patch_size), -(-img_size[1] // self.patch_size)
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Learn positions for images of another size from now on: those there are become the resized ones.
+
+        Not needed to run the model at another size, where they are resized each time.
+
+        Args:
+            img_size: Side, or height and width.
+
+        Raises:
+            ValueError: `img_size` is not positive.
+        """
+        self.img_size = self._check_img_size(img_size)
+        if self.pos_embed is not None:
+            resized = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), self._grid(self.img_size))
+            self.pos_embed = nn.Parameter(resized.clone(), requires_grad=self.pos_embed.requires_grad)
+        update_model_input_size(self, self.img_size)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all weights.
+
+        Args:
+            needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
+                needed after `to_empty()`.
+        """
+        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+        for p in (self.pos_embed, self.cls_token):
+            if p is not None:
+                nn.init.trunc_normal_(p, std=.02)
+
+    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
+        if isinstance(m, nn.Linear):
+            nn.init.trunc_normal_(m.weight, std=.02)
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif isinstance(m, nn.Conv2d):
+            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+            nn.init.normal_(m.weight, std=math.sqrt(2. / fan_out))
+            if m.bias is not None:
+                nn.init.zeros_(m.bias)
+        elif needs_reset and hasattr(m, 'reset_parameters'):
+            m.reset_parameters()
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names of parameters to exempt from weight decay, besides the biases, norms and scales that timm exempts."""
+        return {name for name in ('pos_embed', 'cls_token') if getattr(self, name) is not None}
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Regular expressions that order the parameters from input to output, for layer-wise learning rates."""
+        return dict(
+            stem=r'^patch_embed|^pos_embed|^pos_fourier',
+            blocks=r'^blocks\.(\d+)',
+            head=[(r'^cls_token', (0,)), (r'^cls_blocks\.(\d+)', None), (r'^norm', (99999,))],
+        )
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations.
+
+        Batch norms see each batch twice then, so that their running statistics move faster.
+        """
+        self.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The classifier: a linear layer, or an identity without classes."""
+        return self.head
+
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Replace the classifier.
+
+        Args:
+            num_classes: Classes of the new one, 0 for none.
+            global_pool: 'token', 'avg' or '', None to keep the present pooling. With another than 'token', class
+                attention is removed; with 'token' after that, it starts anew.
+
+        Raises:
+            ValueError: `num_classes` is negative or `global_pool` unsupported; the model is left as it was.
+        """
+        if num_classes < 0:
+            raise ValueError(f'num_classes={num_classes} must not be negative.')
+        dd = get_device_dtype(self)
+        if global_pool is not None:
+            _check_global_pool(global_pool)
+            if (global_pool == 'token') != (self.cls_token is not None):
+                self._set_class_attention(global_pool == 'token', **dd)
+                self.cls_blocks.apply(self._init_weights)
+                if self.cls_token is not None:
+                    nn.init.trunc_normal_(self.cls_token, std=.02)
+                self.cls_blocks.train(self.training)
+            self.global_pool = global_pool
+        self.num_classes = num_classes
+        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._init_weights(self.head)
+        self.head.train(self.training)
+
+    def _embed(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to a map (B, H', W', C) with positions."""
+        check_input(x, self.in_chans)
+        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        if self.pos_embed is not None:
+            x = x + resample_abs_pos_embed_nhwc(self.pos_embed, [x.shape[1], x.shape[2]])
+        if self.pos_fourier is not None:
+            x = x + self.pos_fourier(x)
+        return self.pos_drop(x)
+
+    def forward_intermediates(
+            self,
+            x: torch.Tensor,
+            indices: Optional[Union[int, List[int]]] = None,
+            norm: bool = False,
+            stop_early: bool = False,
+            output_fmt: str = 'NCHW',
+            intermediates_only: bool = False,
+    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
+        """Forward pass that returns the maps of the blocks.
+
+        Args:
+            x: Images (B, in_chans, H, W).
+            indices: Blocks to return: the last n if int, all if None, else these.
+            norm: Apply the norm of the head to the maps.
+            stop_early: Do not run the blocks after the last one asked for.
+            output_fmt: 'NCHW', 'NHWC' or 'NLC'.
+            intermediates_only: Return the list of maps alone.
+
+        Returns:
+            The last map as (B, C, H, W) and the list of maps, or that list.
+        """
+        if output_fmt not in ('NCHW', 'NHWC', 'NLC'):
+            raise ValueError(f"Unsupported output_fmt '{output_fmt}', expected 'NCHW', 'NHWC' or 'NLC'.")
+        intermediates: List[torch.Tensor] = []
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+
+        x = self._embed(x)
+        for i, block in enumerate(self.blocks):
+            if not stop_early or i <= max_index:
+                if self.grad_checkpointing and not torch.jit.is_scripting():
+                    x = checkpoint(block, x)
+                else:
+                    x = block(x)
+                if i in take_indices:
+                    y = self.norm(x) if norm else x
+                    if output_fmt == 'NCHW':
+                        y = y.permute(0, 3, 1, 2)
+                    elif output_fmt == 'NLC':
+                        y = y.flatten(1, 2)
+                    intermediates.append(y)
+
+        if intermediates_only:
+            return intermediates
+        return x.permute(0, 3, 1, 2), intermediates
+
+    def prune_intermediate_layers(
+            self,
+            indices: Union[int, List[int]] = 1,
+            prune_norm: bool = False,
+            prune_head: bool = True,
+    ) -> List[int]:
+        """Remove what the given intermediates do not need.
+
+        Args:
+            indices: Blocks to keep: the last n if int, else these.
+            prune_norm: Remove the norm of the head.
+            prune_head: Remove the classifier and pooling, class attention included.
+
+        Returns:
+            The indices of the kept intermediates.
+        """
+        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
+        self.blocks = self.blocks[:max_index + 1]
+        if prune_norm:
+            self.norm = nn.Identity()
+        if prune_head:
+            self.reset_classifier(0, '')
+        return take_indices
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to the last map (B, embed_dim, H', W')."""
+        x = self._embed(x)
+        for block in self.blocks:
+            if self.grad_checkpointing and not torch.jit.is_scripting():
+                x = checkpoint(block, x)
+            else:
+                x = block(x)
+        return x.permute(0, 3, 1, 2)
+
+    def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
+        """Pool and classify a map (B, embed_dim, H', W').
+
+        Args:
+            x: Map from `forward_features`.
+            pre_logits: Return the pooled features (B, embed_dim) instead of the logits.
+        """
+        x = x.permute(0, 2, 3, 1)
+        if self.cls_token is not None:
+            token = self.cls_token.repeat(x.shape[0], 1, 1)
+            x = x.flatten(1, 2)
+            for block in self.cls_blocks:
+                token = block(token, x)
+            x = token[:, 0]
+        elif self.global_pool == 'avg':
+            x = x.mean(dim=(1, 2))
+        x = self.head_drop(self.norm(x))
+        if not pre_logits:
+            x = self.head(x)
+        return x if self.global_pool else x.permute(0, 3, 1, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+class XNormPyramid(Pyramid):
+    """The shared pyramid around XNorm attention. Ours: X-ViT has one width and stride throughout.
+
+    Positions reach the attention through the convolutions of the patch embeddings and MLPs, as in PVTv2. There is no
+    batch norm.
+    """
+
+    def __init__(
+            self,
+            embed_dims: Sequence[int] = (64, 128, 256, 512),
+            depths: Sequence[int] = (3, 3, 12, 3),
+            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
+            mlp_ratios: Union[float, Sequence[float]] = 4.,
+            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_ratio: float = .5,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            embed_dims: Channels of each stage.
+            depths: Blocks of each stage.
+            num_heads: Attention heads of each stage.
+            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            attn_layer: Mechanism by name, or a module class or factory.
+            attn_kwargs: Further arguments of the mechanism.
+            attn_ratio: Channels of queries, keys and values each over those of the map, without effect on other
+                mechanisms than XNorm attention.
+            kwargs: As for `Pyramid`.
+        """
+        if attn_layer == 'xnorm':
+            attn_kwargs = dict(dict(attn_ratio=attn_ratio), **(attn_kwargs or {}))
+        super().__init__(
+            embed_dims=embed_dims,
+            depths=depths,
+            num_heads=num_heads,
+            mlp_ratios=mlp_ratios,
+            attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs,
+            **kwargs,
+        )
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours, from training or from the Hub.
+
+    Learned positions are resized to the model's, bicubic and antialiased. Class attention is left out where the model
+    has none. A classifier for another number of classes than the model's is replaced by the model's own, with a
+    warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+
+    Raises:
+        ValueError: The weights belong to another architecture or variant, or some are missing.
+    """
+    state_dict = unwrap(state_dict)
+    if not isinstance(model, XNormVisionTransformer):
+        return fit(state_dict, model)
+    if model.cls_token is None:
+        state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('cls_token', 'cls_blocks.'))}
+    positions = state_dict.get('pos_embed')
+    if positions is not None and model.pos_embed is not None and positions.shape[-1] == model.pos_embed.shape[-1]:
+        resized = resample_abs_pos_embed_nhwc(positions, model.pos_embed.shape[1:3])
+        state_dict = {**state_dict, 'pos_embed': resized}
+    return fit(state_dict, model, stem=_STEM)
+
+
+def _create_xvit(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
+    out_indices = kwargs.pop('out_indices', 3)
+    return build_model(
+        XNormVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+def _create_xvit_pyramid(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
+    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
+    return build_model(
+        XNormPyramid,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **kwargs,
+    )
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (14, 14),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': _STEM,
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': None,
+        'paper_ids': 'arXiv:2205.13805',
+        'paper_name': 'X-ViT: High Performance Linear Vision Transformer without Softmax',
+        **kwargs,
+    }
+
+
+def _pyramid_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return _cfg(**dict(dict(pool_size=(7, 7), first_conv='patch_embed.proj'), **kwargs))
+
+
+default_cfgs = generate_default_cfgs({
+    'xvit_tiny.untrained': _cfg(),
+    'xvit_small.untrained': _cfg(),
+    'xvit_medium.untrained': _cfg(),
+    'xvit_base.untrained': _cfg(),
+    'xvit_pyramid_nano.untrained': _pyramid_cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    'xvit_pyramid_tiny.untrained': _pyramid_cfg(),
+    'xvit_pyramid_small.untrained': _pyramid_cfg(),
+    'xvit_pyramid_base.untrained': _pyramid_cfg(),
+})
+
+
+@register_model
+def xvit_tiny(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
+    """X-ViT-Tiny, in the shape recalled of UFO-ViT-T; our recipe has `drop_path_rate=0.05`."""
+    model_args = dict(embed_dim=192, depth=24, num_heads=4, attn_dim=96, init_values=1e-5)
+    return _create_xvit('xvit_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_small(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
+    """X-ViT-Small, in the shape recalled of UFO-ViT-S; our recipe has `drop_path_rate=0.05`."""
+    model_args = dict(embed_dim=384, depth=12, num_heads=8, attn_dim=128, init_values=1.)
+    return _create_xvit('xvit_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_medium(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
+    """X-ViT-Medium, in the shape recalled of UFO-ViT-M; our recipe has `drop_path_rate=0.1`."""
+    model_args = dict(embed_dim=384, depth=24, num_heads=8, attn_dim=128, init_values=1e-5)
+    return _create_xvit('xvit_medium', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_base(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
+    """X-ViT-Base, in the shape recalled of UFO-ViT-B; our recipe has `drop_path_rate=0.15`."""
+    model_args = dict(embed_dim=512, depth=24, num_heads=8, attn_dim=128, init_values=1e-5)
+    return _create_xvit('xvit_base', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_pyramid_nano(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
+    """X-ViT-Pyramid-Nano (ours), for images of 28 to 64 pixels."""
+    model_args = dict(
+        embed_dims=(32, 64, 128, 160), depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 5), mlp_ratios=(4., 4., 3., 2.),
+        attn_ratio=.75, patch_size=3, patch_stride=2)
+    return _create_xvit_pyramid('xvit_pyramid_nano', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_pyramid_tiny(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
+    """X-ViT-Pyramid-Tiny (ours)."""
+    model_args = dict(embed_dims=(48, 96, 192, 384), depths=(2, 2, 8, 2))
+    return _create_xvit_pyramid('xvit_pyramid_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def xvit_pyramid_small(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
+    """X-ViT-Pyramid-Small (ours)."""
+    return _create_xvit_pyramid('xvit_pyramid_small', pretrained=pretrained, **kwargs)
+
+
+@register_model
+def xvit_pyramid_base(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
+    """X-ViT-Pyramid-Base (ours)."""
+    model_args = dict(embed_dims=(64, 128, 320, 512), depths=(3, 4, 24, 3), num_heads=(1, 2, 5, 8))
+    return _create_xvit_pyramid('xvit_pyramid_base', pretrained=pretrained, **dict(model_args, **kwargs))
