@@ -62,7 +62,9 @@ def start(*argv: str, processes: int = 1) -> subprocess.Popen:
         launch = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', f'--master-port={port}']
     return subprocess.Popen(
         [sys.executable, *launch, '-m', 'vitlinear.train', *argv],
-        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True)
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # a shell's background jobs ignore interrupts, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
 
 
 def finish(process: subprocess.Popen) -> str:
