@@ -31,6 +31,18 @@ def check_heads(dim: int, num_heads: int, name: str = 'dim') -> int:
     return dim // num_heads
 
 
+def inverse_norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Tensor:
+    """`1 / |x|` over an axis, which is kept, in float32 at least.
+
+    It is 0 where `|x| <= eps`: such a vector has no direction, and `x / |x|` is 0 there and has no gradient.
+    `F.normalize` has one of `1 / eps`.
+    """
+    wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
+    square = wide.square().sum(dim=dim, keepdim=True)  # several times as fast as linalg.vector_norm on short axes
+    least = eps * eps
+    return torch.where(square > least, square.clamp(min=least).rsqrt(), 0.)
+
+
 def is_eager() -> bool:
     """Whether the code runs as written, so that it may choose by the size of a map; not for TorchScript."""
     return not torch.jit.is_tracing() and not torch.compiler.is_compiling()

@@ -26,24 +26,10 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-from ._common import call_linear, check_heads
-
-# Vectors no longer than this have no direction: they are taken for zero, and so is their gradient.
-MIN_NORM = 1e-6
+from ._common import call_linear, check_heads, inverse_norm
 
 CONVS = ('1d', '2d')
 AUX_MODES = ('off', 'train', 'always')
-
-
-def inverse_norm(x: torch.Tensor, min_norm: float = MIN_NORM) -> torch.Tensor:
-    """`1 / |x|` over the last axis, which is kept, in float32 at least.
-
-    It is 0 where `|x| <= min_norm`: there `x / |x|` is 0 and has no gradient.
-    """
-    wide = x.float() if x.dtype == torch.float16 or x.dtype == torch.bfloat16 else x
-    square = wide.square().sum(dim=-1, keepdim=True)  # several times as fast as linalg.vector_norm on short axes
-    least = min_norm * min_norm
-    return torch.where(square > least, square.clamp(min=least).rsqrt(), 0.)
 
 
 def subsample(x: torch.Tensor, grid: Tuple[int, int], stride: int, num_prefix_tokens: int = 0) -> torch.Tensor:

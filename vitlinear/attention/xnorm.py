@@ -22,7 +22,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ._common import band_rows, check_heads, is_plain, linear, use_bands
+from ._common import band_rows, check_heads, inverse_norm, is_plain, linear, use_bands
 
 KV_AXES = ('key', 'value')
 
@@ -34,15 +34,6 @@ EPS = 1e-6
 # slower by as much at 14 x 14; bands from half to twice as large take the same time within the noise.
 FOLD_FROM = 512
 BAND = 2 ** 19
-
-
-def _inverse_norm(x: torch.Tensor, dim: int, eps: float) -> torch.Tensor:
-    """1 / |x| over an axis that is kept, 0 where |x| < eps.
-
-    That a product with x has no gradient at x = 0 is what `F.normalize` does not give: there it is 1 / eps.
-    """
-    square = x.square().sum(dim=dim, keepdim=True)
-    return square.clamp(min=eps * eps).rsqrt() * (square >= eps * eps)
 
 
 class _Sum(torch.autograd.Function):
@@ -69,13 +60,13 @@ class _UnitProduct(torch.autograd.Function):
         ctx.save_for_backward(q, matrix)
         ctx.eps = eps
         q = q.to(matrix.dtype)
-        return (q * _inverse_norm(q, -1, eps)) @ matrix
+        return (q * inverse_norm(q, -1, eps)) @ matrix
 
     @staticmethod
     def backward(ctx, grad):
         q, matrix = ctx.saved_tensors
         dtype, q = q.dtype, q.to(matrix.dtype)
-        inverse = _inverse_norm(q, -1, ctx.eps)
+        inverse = inverse_norm(q, -1, ctx.eps)
         unit = q * inverse
         grad_unit = grad @ matrix.transpose(-2, -1)
         grad_q = inverse * (grad_unit - unit * (unit * grad_unit).sum(dim=-1, keepdim=True))
@@ -93,7 +84,7 @@ def _normalise_sum(
     """XN(K^T V) of (..., heads, d, e) with both scales."""
     # the norm takes any factor out; with this one, the sum does not depend on the number of keys when it meets eps
     kv = kv * num_keys ** -0.5
-    kv = kv * _inverse_norm(kv, -2 if kv_axis == 'key' else -1, eps)
+    kv = kv * inverse_norm(kv, -2 if kv_axis == 'key' else -1, eps)
     if gamma_q is not None:
         kv = kv * gamma_q.to(kv.dtype).view(-1, 1, 1)
     if gamma_kv is not None:
@@ -115,7 +106,7 @@ def _xnorm_attention(
     if torch.jit.is_scripting():
         q, k, v = q.to(wide), k.to(wide), v.to(wide)
         kv = _normalise_sum(k.transpose(-2, -1) @ v, k.shape[2], gamma_q, gamma_kv, kv_axis, eps)
-        out = (q * _inverse_norm(q, -1, eps)) @ kv
+        out = (q * inverse_norm(q, -1, eps)) @ kv
     else:
         kv = _normalise_sum(_Sum.apply(k, v, wide), k.shape[2], gamma_q, gamma_kv, kv_axis, eps)
         out = _UnitProduct.apply(q, kv, eps)
@@ -148,7 +139,7 @@ def xnorm_attention(
         gamma_kv: Scale of the normalised `k^T v` of each head (heads,), 1 by default.
         kv_axis: Axis of the norm of `k^T v`: 'key', the paper's, which makes the result a cosine times the scales, or
             'value', as in copies that circulate.
-        eps: Queries, and columns of `k^T v / sqrt(M)`, of a smaller norm count as zero.
+        eps: Queries, and columns of `k^T v / sqrt(M)`, of this norm or a smaller one count as zero.
 
     Returns:
         (B, heads, N, e) in the dtype of `v`.
@@ -255,7 +246,7 @@ class XNormAttention(nn.Module):
                 q, k, v = self._project(band if norm is None else norm(band)).unflatten(0, (-1, H * W)).permute(
                     2, 0, 3, 1, 4).to(wide)
                 kv = self._normalised(k.transpose(-2, -1) @ v, H * W)
-                y = (q * _inverse_norm(q, -1, EPS)) @ kv
+                y = (q * inverse_norm(q, -1, EPS)) @ kv
                 y = y.transpose(1, 2).flatten(2).to(x.dtype)
                 y = linear(y, self.proj.weight, self.proj.bias).unflatten(1, (H, W))
                 out = self._write(out, x, band, y, norm is not None, slice(b, b + images), slice(None))
@@ -272,7 +263,7 @@ class XNormAttention(nn.Module):
                 # each (positions, heads, d)
                 q, k, v = self._project(band if norm is None else norm(band)).to(wide).unbind(1)
                 kv.baddbmm_(k.permute(1, 2, 0), v.transpose(0, 1))
-                torch.mul(q, _inverse_norm(q, -1, EPS), out=queries[i:i + rows].view_as(q))
+                torch.mul(q, inverse_norm(q, -1, EPS), out=queries[i:i + rows].view_as(q))
             folded = (self._normalised(kv, H * W) @ weight).flatten(0, 1).t().to(x.dtype).contiguous()
             for i in range(0, H, rows):
                 y = linear(queries[i:i + rows], folded, self.proj.bias)

@@ -28,16 +28,19 @@ def check_ramp(ramp: Sequence[float]) -> Tuple[float, float]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without autograd; then each module is in its mode again, frozen norms in theirs."""
-    modes = [(module, module.training) for module in model.modules()]
+def _evaluating(model: 'Castling') -> Iterator[None]:
+    """Evaluation mode without autograd. Then each module, and each auxiliary branch, is in its own mode again."""
+    training = [(module, module.training) for module in model.modules()]
+    aux_modes = [(layer.aux, layer.aux.mode) for layer in model.castling_layers().values()]
     model.eval()
     try:
         with torch.no_grad():
             yield
     finally:
-        for module, training in modes:
-            module.training = training
+        for module, mode in training:
+            module.training = mode
+        for aux, mode in aux_modes:
+            aux.mode = mode
 
 
 class Castling:
@@ -98,42 +101,38 @@ class Castling:
         self._follow_schedule()  # a loaded state dict or a moving average brings the count alone
         layers = self.castling_layers()
         sums: Dict[str, Dict[str, float]] = {name: {} for name in layers}
-        modes = {name: layer.aux.mode for name, layer in layers.items()}
         handles: List[Any] = []
 
-        def measure(name: str) -> Callable[..., None]:
+        def add(name: str, stats: Dict[str, float]) -> None:
+            for k, v in stats.items():
+                sums[name][k] = sums[name].get(k, 0.) + v
+
+        def count_entries(name: str) -> Callable[..., None]:
+            return lambda aux, args: add(name, aux.stats(*args))
+
+        def measure_gap(name: str) -> Callable[..., None]:
             def hook(layer: LinearAngular, args: Tuple[Any, ...], out: Any) -> None:
-                stats: Dict[str, float] = {}
-                aux_handle = layer.aux.register_forward_pre_hook(
-                    lambda aux, aux_args: stats.update(aux.stats(*aux_args)))
-                try:
-                    with_aux = _tensor(layer.forward(*args))
-                finally:
-                    aux_handle.remove()
                 layer.aux.mode = 'off'
                 without = _tensor(layer.forward(*args))
                 layer.aux.mode = 'always'
-                norm = torch.linalg.vector_norm(with_aux.float())
-                gap = torch.linalg.vector_norm((with_aux - without).float()) / norm.clamp(min=1e-30)
-                stats['gap'] = gap.item()
-                for k, v in stats.items():
-                    sums[name][k] = sums[name].get(k, 0.) + v
+                norm = torch.linalg.vector_norm(_tensor(out).float())
+                gap = torch.linalg.vector_norm((_tensor(out) - without).float()) / norm.clamp(min=1e-30)
+                add(name, dict(gap=gap.item()))
             return hook
 
         count = 0
         try:
-            for name, layer in layers.items():
-                layer.aux.mode = 'always'
-                handles.append(layer.register_forward_hook(measure(name)))
             with _evaluating(self):
+                for name, layer in layers.items():
+                    layer.aux.mode = 'always'
+                    handles.append(layer.aux.register_forward_pre_hook(count_entries(name)))
+                    handles.append(layer.register_forward_hook(measure_gap(name)))
                 for batch in [batches] if isinstance(batches, torch.Tensor) else batches:
                     self(batch if isinstance(batch, torch.Tensor) else batch[0])
                     count += 1
         finally:
             for handle in handles:
                 handle.remove()
-            for name, layer in layers.items():
-                layer.aux.mode = modes[name]
         if count == 0:
             raise ValueError('castling_stats needs at least one batch of images.')
         return {name: {k: v / count for k, v in stats.items()} for name, stats in sums.items()}
@@ -153,18 +152,13 @@ class Castling:
         """
         self._follow_schedule()
         layers = self.castling_layers().values()
-        modes = [layer.aux.mode for layer in layers]
-        if sample is not None and set(modes) != {'off'}:
-            try:
-                with _evaluating(self):
-                    for layer, mode in zip(layers, modes):
-                        layer.aux.mode = 'off' if mode == 'off' else 'always'
-                    before = self(sample)
-                    self.set_castling(mode='off')
-                    gap = (before - self(sample)).abs().max().item()
-            finally:
-                for layer, mode in zip(layers, modes):
-                    layer.aux.mode = mode
+        if sample is not None and any(layer.aux.mode != 'off' for layer in layers):
+            with _evaluating(self):
+                for layer in layers:
+                    layer.aux.mode = 'off' if layer.aux.mode == 'off' else 'always'
+                before = self(sample)
+                self.set_castling(mode='off')
+                gap = (before - self(sample)).abs().max().item()
             if not gap <= tol:
                 raise ValueError(
                     f'Without the auxiliary branch an output changes by {gap:.3g}, more than tol={tol}: its masks are '

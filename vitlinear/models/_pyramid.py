@@ -308,6 +308,26 @@ def check_model_args(
         raise ValueError(f'patch_stride={patch_stride} must be positive.')
 
 
+def init_module(m: nn.Module, needs_reset: bool = True) -> None:
+    """Initialise the weights that a module holds itself, as PVTv2 does (arXiv 2106.13797).
+
+    Args:
+        m: Linear layer, convolution or any other module.
+        needs_reset: Call `reset_parameters()` of the others that have it.
+    """
+    if isinstance(m, nn.Linear):
+        nn.init.trunc_normal_(m.weight, std=.02)  # timm's gives weights of 2 in half precision
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+    elif isinstance(m, nn.Conv2d):
+        fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
+        nn.init.normal_(m.weight, std=math.sqrt(2. / fan_out))
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)
+    elif needs_reset and hasattr(m, 'reset_parameters'):
+        m.reset_parameters()
+
+
 class HierarchicalModel(nn.Module):
     """A stem, stages, a norm, average pooling and a classifier, with the whole of timm's contract.
 
@@ -370,17 +390,7 @@ class HierarchicalModel(nn.Module):
         self.apply(partial(self._init_weights, needs_reset=needs_reset))
 
     def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
-        if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=.02)  # timm's gives weights of 2 in half precision
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Conv2d):
-            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
-            nn.init.normal_(m.weight, std=math.sqrt(2. / fan_out))
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()
+        init_module(m, needs_reset)
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:

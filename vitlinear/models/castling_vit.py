@@ -88,15 +88,12 @@ class _LayerFactory:
         self.kv_scale = kv_scale
         self.attn_kwargs = dict(dict(aux_kappa=2.), **(attn_kwargs or {}))
 
-    def __call__(self, reduction: int, prefix_tokens: int = 0, **kwargs: Any) -> Dict[str, Any]:
+    def __call__(self, reduction: int, prefix_tokens: int = 0) -> Dict[str, Any]:
         """Arguments of a layer whose keys are on the grid of this reduction."""
         H, W = (-(-side // reduction) for side in self.img_size)
         tokens = H * W + prefix_tokens
         return dict(
-            self.attn_kwargs,
-            softmax=tokens <= self.softmax_below,
-            kv_scale=tokens if self.kv_scale else None,
-            **kwargs)
+            self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=tokens if self.kv_scale else None)
 
 
 def _start_schedule(model: Castling, steps: int, ramp: Sequence[float]) -> None:
@@ -698,11 +695,11 @@ class _CastlingVisionTransformer(Castling):
             if kwargs.pop(name, None):
                 raise ValueError(f'{name} does not go with linear-angular attention.')
         super().__init__(img_size=img_size, weight_init='skip', **kwargs, **dd)
+        factory = _LayerFactory(
+            self.patch_embed.grid_size, softmax_below, kv_scale,
+            dict(dict(attn_drop=kwargs.get('attn_drop_rate', 0.)), **(attn_kwargs or {})))
         for block in self.blocks:
             old = block.attn
-            factory = _LayerFactory(
-                self.patch_embed.grid_size, softmax_below, kv_scale,
-                dict(dict(attn_drop=old.attn_drop.p), **(attn_kwargs or {})))
             block.attn = CastlingTokenAttention(
                 self.embed_dim, old.num_heads, old.qkv.bias is not None, old.proj.bias is not None, old.proj_drop.p,
                 self.num_prefix_tokens, **factory(1, self.num_prefix_tokens), **dd)
@@ -782,20 +779,21 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
     stem = 'stem.conv1.linear' if isinstance(model, Levit) else 'patch_embed.proj'
     # a schedule counts the steps of its own training, see `Castling.schedule_castling`
     state_dict = {k: v for k, v in unwrap(state_dict).items() if k != 'castling_step'}
-    step = {k: v for k, v in model.state_dict().items() if k == 'castling_step'}
+    ours = model.state_dict()
+    step = {k: v for k, v in ours.items() if k == 'castling_step'}
     if isinstance(model, VisionTransformer):
         try:
             state_dict = vit_filter_fn(state_dict, model)  # positions of another image size, among others
         except RuntimeError as e:
             raise ValueError(f'The checkpoint is of another variant: {e}') from e
-    own = {k: v for k, v in model.state_dict().items() if '.dconv.' in k}
+    own = {k: v for k, v in ours.items() if '.dconv.' in k}
     if not any('.dconv.' in k for k in state_dict):
         state_dict = _from_host(state_dict, model)
         if own and f'{stem}.weight' in state_dict:
             _logger.warning('The checkpoint is of a model with softmax attention: its weights are a start for '
                             'training, outputs before that have no meaning.')
         key = 'stages.0.blocks.0.attn.qkv.linear.weight'
-        if isinstance(model, Levit) and key in state_dict and len(state_dict[key]) < len(model.state_dict()[key]):
+        if isinstance(model, Levit) and key in state_dict and len(state_dict[key]) < len(ours[key]):
             raise ValueError("The checkpoint's queries and keys are narrower than its values, as in LeViT: create the "
                              "model with qk_width='key'.")
         state_dict = {**own, **state_dict}

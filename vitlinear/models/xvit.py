@@ -53,7 +53,7 @@ from .._timm import (
     update_model_input_size,
 )
 from ..attention import XNormClassAttention, get_attention_layer
-from ._pyramid import Mlp, Pyramid, check_input
+from ._pyramid import Mlp, Pyramid, check_input, init_module
 from ._weights import fit, unwrap
 
 __all__ = ['XNormPyramid', 'XNormVisionTransformer']
@@ -367,23 +367,10 @@ class XNormVisionTransformer(nn.Module):
             needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
                 needed after `to_empty()`.
         """
-        self.apply(partial(self._init_weights, needs_reset=needs_reset))
+        self.apply(partial(init_module, needs_reset=needs_reset))
         for p in (self.pos_embed, self.cls_token):
             if p is not None:
                 nn.init.trunc_normal_(p, std=.02)
-
-    def _init_weights(self, m: nn.Module, needs_reset: bool = True) -> None:
-        if isinstance(m, nn.Linear):
-            nn.init.trunc_normal_(m.weight, std=.02)
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif isinstance(m, nn.Conv2d):
-            fan_out = m.kernel_size[0] * m.kernel_size[1] * m.out_channels // m.groups
-            nn.init.normal_(m.weight, std=math.sqrt(2. / fan_out))
-            if m.bias is not None:
-                nn.init.zeros_(m.bias)
-        elif needs_reset and hasattr(m, 'reset_parameters'):
-            m.reset_parameters()
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
@@ -430,14 +417,14 @@ class XNormVisionTransformer(nn.Module):
             _check_global_pool(global_pool)
             if (global_pool == 'token') != (self.cls_token is not None):
                 self._set_class_attention(global_pool == 'token', **dd)
-                self.cls_blocks.apply(self._init_weights)
+                self.cls_blocks.apply(init_module)
                 if self.cls_token is not None:
                     nn.init.trunc_normal_(self.cls_token, std=.02)
                 self.cls_blocks.train(self.training)
             self.global_pool = global_pool
         self.num_classes = num_classes
         self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        self._init_weights(self.head)
+        init_module(self.head)
         self.head.train(self.training)
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
