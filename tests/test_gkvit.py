@@ -1,10 +1,10 @@
-"""GKViT: counts of parameters and operations, initialisation, checkpoints, recipes, and the study of its walks."""
+"""GKViT: counts of parameters and operations, initialisation, checkpoints and recipes."""
 import copy
 import csv
-import importlib.util
-import json
 import logging
 import math
+import runpy
+import sys
 from functools import lru_cache
 from pathlib import Path
 from typing import Tuple
@@ -22,7 +22,6 @@ from vitlinear.attention.random_walk import DOUBLINGS
 from vitlinear.models.gkvit import GraphKernelVisionTransformer, checkpoint_filter_fn
 from vitlinear.train import build_parser
 
-ROOT = Path(__file__).resolve().parent.parent
 VARIANTS = ['gkvit_nano', 'gkvit_tiny', 'gkvit_small', 'gkvit_base', 'gkvit_large']
 SMALL = dict(embed_dims=(8, 16, 24, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 3, 4), num_classes=5)
 
@@ -240,81 +239,24 @@ def test_recipe(name: str, drop_path: float):
     assert (args.epochs, args.opt, args.weight_decay) == (300, 'adamw', .05)
 
 
-# the study
-
-@pytest.fixture
-def study(monkeypatch, tmp_path):
-    """scripts/walk_study.py with runs that are invented, and the commands they would have been started with."""
-    spec = importlib.util.spec_from_file_location('walk_study', ROOT / 'scripts' / 'walk_study.py')
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    module.commands = []
-
-    def launch(argv, processes):
-        args = build_parser().parse([a for a in argv if a != '--'])
-        module.commands.append(args)
-        if module.fails and len(module.commands) == module.fails:
-            raise module.subprocess.CalledProcessError(3, 'train')
-        folder = Path(args.output) / args.experiment
-        folder.mkdir(parents=True)
-        model = small(**args.model_kwargs)
-        for m in model.modules():
-            if isinstance(getattr(m, 'theta', None), nn.Parameter):
-                nn.init.constant_(m.theta, 0.)
-        torch.save({'state_dict': model.state_dict()}, folder / 'last.pth.tar')
-        with open(folder / 'summary.csv', 'w', newline='') as f:
-            writer = csv.writer(f)
-            writer.writerow(['epoch', 'train_loss', 'eval_top1'])
-            writer.writerows([e, 2 - e / 10, 10 * args.seed + e] for e in range(args.epochs))
-
-    module.fails = 0
-    monkeypatch.setattr(module, 'launch', launch)
-
-    def run(*words: str) -> int:
-        return module.main([
-            '--data-dir', 'data', '--output', str(tmp_path / 'runs'), '--out', str(tmp_path / 'study.csv'), *words])
-
-    module.run, module.rows = run, lambda: module.read_rows(tmp_path / 'study.csv')
-    return module
-
-
-def test_study_settings(study):
-    """Each makes a model, no two the same layer, and all begin with the same projections."""
-    assert study.SETTINGS['walk'] == {}
-    layers, weights = set(), []
-    for kwargs in study.SETTINGS.values():
-        layer = small(attn_kwargs=kwargs).stages[1].blocks[1].attn
-        layers.add((layer.mode, layer.features, layer.init_beta, layer.init_temperature))
-        weights.append(layer.qkv.weight)
-    assert len(layers) == len(study.SETTINGS)
-    assert all(torch.equal(w, weights[0]) for w in weights)
-
-
-def test_study(study, capsys):
-    words = ['--settings', 'walk', 'beta0', '--seeds', '1', '2', '--epochs', '3', '--', '-b', '8']
-    assert study.run(*words) == 0
-    assert [(row['setting'], row['seed']) for row in study.rows()] == [
-        ('walk', '1'), ('beta0', '1'), ('walk', '2'), ('beta0', '2')]
-    row = study.rows()[0]
-    assert (row['top1'], row['train_loss'], row['epochs'], row['options']) == ('12.00', '1.8000', '3', '-b 8')
-    assert row['beta_1'] == row['beta_4'] == '0.4500' and study.rows()[1]['beta_1'] == '' and float(row['seconds']) >= 0
-    assert [(a.model, a.seed, a.epochs, a.batch_size, a.model_kwargs) for a in study.commands[:2]] == [
-        ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {}}), ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {'init_beta': 0.}})]
-    out = capsys.readouterr().out
-    assert '17.00 +- 7.07' in out and '0.450 0.450 0.450 0.450' in out
-
-    assert study.run(*words) == 0 and len(study.commands) == 4  # nothing is run twice
-    assert study.run('--settings', 'walk', '--seeds', '3', '--epochs', '3', '--', '-b', '8') == 0
-    assert len(study.commands) == 5 and len(study.rows()) == 5
-
-
-def test_study_stops_where_training_fails(study, capsys):
-    study.fails = 2
-    words = ['--settings', 'walk', 'elu', '--seeds', '1', '--epochs', '2']
-    assert study.run(*words) == 3
-    assert [row['setting'] for row in study.rows()] == ['walk']
-    assert 'elu, seed 1: training failed' in capsys.readouterr().err
-    study.fails = 0
-    assert study.run(*words) == 0
-    assert [row['setting'] for row in study.rows()] == ['walk', 'elu']
-    assert json.dumps(study.commands[-1].model_kwargs) == '{"attn_kwargs": {"features": "elu"}}'
+def test_encoder_costs(monkeypatch, capsys, tmp_path):
+    """scripts/encoder_costs.py: its MiT has the sizes published for SegFormer, and results/ hold what it counts now."""
+    script = Path(__file__).resolve().parent.parent / 'scripts' / 'encoder_costs.py'
+    out = tmp_path / 'costs.csv'
+    monkeypatch.setattr(sys, 'argv', [str(script), '--sizes', '512', '--out', str(out)])
+    runpy.run_path(str(script), run_name='__main__')
+    with open(out, newline='') as f:
+        rows = {(row['model'], row['size'], row['peer']): row for row in csv.DictReader(f)}
+    for name, peer, published in (
+            ('tiny', 'mit_b1', 13.1), ('small', 'mit_b2', 24.2), ('base', 'mit_b3', 44.0), ('large', 'mit_b5', 81.4)):
+        row = rows[f'gkvit_{name}', '512', peer]
+        assert float(row['peer_params_m']) == pytest.approx(published, abs=.1)
+    row = rows['gkvit_small', '512', 'pvt_v2_b2']
+    encoder = timm.create_model('gkvit_small', num_classes=0, device='meta')
+    theirs = timm.create_model('pvt_v2_b2', num_classes=0, device='meta')
+    ratio = sum(p.numel() for p in encoder.parameters()) / sum(p.numel() for p in theirs.parameters())
+    assert row['params_saved'] == f'{100 - 100 * ratio:.1f}'
+    saved = 100 - 100 * float(row['gmacs']) / float(row['peer_gmacs'])
+    assert float(row['macs_saved']) == pytest.approx(saved, abs=.06)
+    published = (script.parents[1] / 'results' / 'encoder_costs.csv').read_text().splitlines()
+    assert set(out.read_text().splitlines()) == {line for line in published if ',1024,' not in line}
