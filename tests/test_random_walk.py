@@ -476,11 +476,12 @@ def test_learned_values_stay_in_range():
 
 
 @pytest.mark.parametrize('kwargs', VARIANTS, ids=str)
-@pytest.mark.parametrize('band', [1, 3000, 2 ** 18])
-def test_inference_in_bands(monkeypatch, kwargs, band: int):
+@pytest.mark.parametrize('band, kept', [(1, 2 ** 23), (3000, 2 ** 23), (3000, 0), (2 ** 18, 2 ** 23)])
+def test_inference_in_bands(monkeypatch, kwargs, band: int, kept: int):
     """The same as at once, alone and with the norm and the sum around it, for images of any layout."""
     monkeypatch.setattr(rw, 'BANDS_FROM', 30)
     monkeypatch.setattr(rw, 'BAND', band)
+    monkeypatch.setattr(rw, 'KEPT', kept)
     module, norm = module_of(**kwargs).eval(), nn.LayerNorm(16, **F64)
     for shape in ((1, 13, 11, 16), (3, 5, 7, 16), (2, 40, 1, 16), (2, 1, 40, 16), (2, 4, 4, 16)):
         contiguous = randn(*shape)

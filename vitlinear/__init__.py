@@ -8,4 +8,11 @@ from .checkpoints.hub import set_hub_org
 
 __version__ = '0.1.0'
 
-__all__ = ['models', 'set_hub_org', '__version__']
+__all__ = ['models', 'optimize_for_inference', 'set_hub_org', '__version__']
+
+
+def __getattr__(name: str):
+    if name == 'optimize_for_inference':
+        from .optimize import optimize_for_inference
+        return optimize_for_inference
+    raise AttributeError(f"module '{__name__}' has no attribute '{name}'")

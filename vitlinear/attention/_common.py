@@ -1,10 +1,15 @@
 """What several mechanisms need."""
 import math
+from functools import partial
 from typing import Any, Callable, Optional, Sequence, Type
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+# Multiplications of a float32 product below which a call of oneDNN takes longer than the product does without it.
+# Measured on one core: 49 x 64 by 64 x 64 takes 9 us, in oneDNN 23; 196 x 64 by 64 x 192 takes 53 and 45.
+ONEDNN_FROM = 2 ** 20
 
 
 def lecun_normal_(weight: torch.Tensor) -> None:
@@ -63,10 +68,10 @@ def has_hooks(module: nn.Module) -> bool:
 
 def is_plain(layer: nn.Module, layer_type: Type[nn.Module] = nn.Linear) -> bool:
     """Whether a layer is what its weight and bias say: no adapter, quantised or parametrised layer, no hooks."""
-    return type(layer) is layer_type and not has_hooks(layer)
+    return (type(layer) is layer_type or type(layer) is _PACKED.get(layer_type)) and not has_hooks(layer)
 
 
-def _has_onednn(dtype: torch.dtype) -> bool:
+def has_onednn(dtype: torch.dtype) -> bool:
     """Whether oneDNN's layers with an activation can be called: private operators, those that Inductor fuses into."""
     if not torch.backends.mkldnn.enabled or not hasattr(torch.ops.mkldnn, '_linear_pointwise'):
         return False
@@ -78,13 +83,18 @@ def linear(
         weight: torch.Tensor,
         bias: Optional[torch.Tensor] = None,
         gelu: Optional[str] = None,
+        packed: Optional['InferenceCache'] = None,
 ) -> torch.Tensor:
     """`F.linear` and GELU, 'none' or 'tanh' as in `F.gelu`, for inference on a CPU.
 
     In one call of oneDNN where that is there. Measured: the tanh form alone takes longer than the product before it,
     within the call a quarter of that; in float32 on AMD CPUs the product itself takes half of the time of MKL's.
+    The weight's form for oneDNN is kept in `packed`, if given.
     """
-    if _has_onednn(x.dtype) and weight.dtype == x.dtype:
+    small = x.dtype == torch.float32 and x.numel() * len(weight) < ONEDNN_FROM
+    if has_onednn(x.dtype) and weight.dtype == x.dtype and not small:
+        if packed is not None:
+            weight = packed.get((), 'linear', partial(_pack_linear, weight))
         if gelu is None:
             return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'none', [], '')
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, 'gelu', [], gelu)
@@ -98,12 +108,16 @@ def depthwise(
         bias: Optional[torch.Tensor],
         padding: Sequence[int],
         gelu: str,
+        packed: Optional['InferenceCache'] = None,
 ) -> torch.Tensor:
     """Depthwise `F.conv2d` on (B, C, H, W) and GELU, as in `linear`."""
-    if _has_onednn(x.dtype) and weight.dtype == x.dtype:
+    groups = len(weight)
+    if has_onednn(x.dtype) and weight.dtype == x.dtype:
+        if packed is not None:
+            weight = packed.get((), 'depthwise', partial(_pack_convolution, weight, padding, [1, 1], [1, 1], groups))
         return torch.ops.mkldnn._convolution_pointwise(
-            x, weight, bias, padding, [1, 1], [1, 1], len(weight), 'gelu', [], gelu)
-    return F.gelu(F.conv2d(x, weight, bias, padding=padding, groups=len(weight)), approximate=gelu)
+            x, weight, bias, padding, [1, 1], [1, 1], groups, 'gelu', [], gelu)
+    return F.gelu(F.conv2d(x, weight, bias, padding=padding, groups=groups), approximate=gelu)
 
 
 def plain_gelu(act: Optional[nn.Module]) -> Optional[str]:
@@ -115,7 +129,7 @@ def pointwise(x: torch.Tensor, layer: nn.Module, act: Optional[nn.Module] = None
     """A linear layer on (..., C), and an activation, for inference on a CPU; other layers are called as they are."""
     gelu = plain_gelu(act)
     if is_plain(layer) and not torch.is_autocast_enabled('cpu'):
-        x = linear(x, layer.weight, layer.bias, gelu)
+        x = linear(x, layer.weight, layer.bias, gelu, packed_weight(layer))
         return x if act is None or gelu is not None else act(x)
     x = layer(x)
     return x if act is None else act(x)
@@ -133,7 +147,12 @@ class InferenceCache:
     were. That takes less time than the computation, on a CPU; on a GPU it would wait for the device.
     """
 
-    def __init__(self):
+    def __init__(self, limit: int = 8):
+        """
+        Args:
+            limit: How many keys to remember.
+        """
+        self._limit = limit
         self._entry = None
 
     def clear(self) -> None:
@@ -144,18 +163,106 @@ class InferenceCache:
         known, values = self._entry if self._entry is not None else ((), {})
         same = len(known) == len(sources) and all(
             a.dtype == b.dtype and a.device == b.device and torch.equal(a, b) for a, b in zip(known, sources))
-        if not same or len(values) > 8:  # the sizes of many different images need not all be remembered
+        if not same:
             known, values = [source.detach().clone() for source in sources], {}
         if key not in values:
-            values = {**values, key: build(key)}
+            # the sizes of many different images need not all be remembered
+            values = {**(values if len(values) < self._limit else {}), key: build(key)}
         self._entry = known, values
         return values[key]
 
     def __deepcopy__(self, memo: Any) -> 'InferenceCache':
-        return InferenceCache()
+        return InferenceCache(self._limit)
 
     def __reduce__(self):
-        return InferenceCache, ()
+        return InferenceCache, (self._limit,)
+
+
+def _pack_linear(weight: torch.Tensor, key: Any) -> torch.Tensor:
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach())
+
+
+def _pack_convolution(
+        weight: torch.Tensor,
+        padding: Sequence[int],
+        stride: Sequence[int],
+        dilation: Sequence[int],
+        groups: int,
+        key: Any,
+) -> torch.Tensor:
+    """The weight for inputs of the shape `key`, where that is one, else for all."""
+    shape = list(key) if isinstance(key, tuple) else None
+    return torch.ops.mkldnn._reorder_convolution_weight(weight.detach(), padding, stride, dilation, groups, shape)
+
+
+class _Packed(nn.Module):
+    """A layer that keeps the form of its weight that oneDNN would bring it into in each call, for inference on a CPU.
+
+    The weight is held twice, for other devices, modes and exporters. Writing to it in place goes unnoticed. Weights
+    that are loaded or converted are packed again.
+    """
+
+    def _apply(self, *args: Any, **kwargs: Any) -> '_Packed':
+        self._packed.clear()
+        return super()._apply(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._packed.clear()
+        super()._load_from_state_dict(*args, **kwargs)
+
+
+class PackedLinear(_Packed, nn.Linear):
+    """`nn.Linear` with a packed weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if use_bands(x) and not torch.is_autocast_enabled('cpu'):
+                return linear(x, self.weight, self.bias, packed=self._packed)
+        return F.linear(x, self.weight, self.bias)
+
+
+class PackedConv2d(_Packed, nn.Conv2d):
+    """`nn.Conv2d` with a packed weight, for images in channels-last memory; others take the usual way."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            if use_bands(x) and not torch.is_autocast_enabled('cpu') and x.ndim == 4 and not x.is_contiguous():
+                if x.is_contiguous(memory_format=torch.channels_last):
+                    return self._channels_last(x)
+        return self._conv_forward(x, self.weight, self.bias)
+
+    @torch.jit.unused
+    def _channels_last(self, x: torch.Tensor) -> torch.Tensor:
+        if self.kernel_size == (1, 1) and self.stride == (1, 1) and self.padding == (0, 0) and self.groups == 1:
+            x = linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias, packed=self._packed)
+            return x.permute(0, 3, 1, 2)
+        if not has_onednn(x.dtype) or self.weight.dtype != x.dtype:
+            return self._conv_forward(x, self.weight, self.bias)
+        args = self.padding, self.stride, self.dilation, self.groups
+        # of dense kernels oneDNN has several forms: that for another shape can take 30 times as long
+        key = 'depthwise' if self.groups == len(self.weight) == self.in_channels else tuple(x.shape)
+        weight = self._packed.get((), key, partial(_pack_convolution, self.weight, *args))
+        return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *args, 'none', [], '')
+
+
+_PACKED = {nn.Linear: PackedLinear, nn.Conv2d: PackedConv2d}
+
+
+def packed_weight(layer: nn.Module) -> Optional[InferenceCache]:
+    """Where a layer keeps its packed weight, None for layers that have none."""
+    return layer._packed if isinstance(layer, _Packed) else None
+
+
+def pack(layer: nn.Module) -> bool:
+    """Make a plain linear layer or convolution a packed one in place. Whether it was one."""
+    packed = _PACKED.get(type(layer))
+    if packed is None or has_hooks(layer):
+        return False
+    if packed is PackedConv2d and (layer.padding_mode != 'zeros' or isinstance(layer.padding, str)):
+        return False
+    layer.__class__ = packed
+    layer._packed = InferenceCache(limit=1)
+    return True
 
 
 def band_rows(rows: int, row_elements: int, band_elements: int, least: int = 1) -> int:

@@ -18,7 +18,7 @@ Heads are the last axis throughout, (d, heads) and not (heads, d): a score, whic
 head, then runs along memory.
 """
 import math
-from typing import List, Optional, Tuple
+from typing import Callable, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,7 @@ from ._common import (
     is_eager,
     is_plain,
     linear,
+    pointwise,
     use_bands,
 )
 
@@ -509,38 +510,121 @@ class QnAAttention(nn.Module):
             weight, bias, kernel, proj = self._cache.get(sources, dtype, self.fold)
         proj_bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
 
-        B, H, W, _ = x.shape
-        s, p = self.stride, self.kernel_size // 2
-        Ho, Wo = (H - 1) // s + 1, (W - 1) // s + 1
-        row = W * s * kernel.shape[0] * kernel.element_size()
-        images = max(1, BAND // (Ho * row))
-        rows = band_rows(Ho, row, BAND, least=2 * p)
-        out = None
         with torch.autocast('cpu', enabled=False):
-            for b in range(0, B, images):
-                for i in range(0, Ho, rows):
-                    # inside the map a band brings its own context, at its edge one row of windows too many is taken
-                    last = min(i + rows, Ho)
-                    inside = i * s >= p and (last - 1) * s + p < H
-                    skip = 0 if inside else min(i, -(-p // s))
-                    top = i * s - p if inside else (i - skip) * s
-                    band = x[b:b + images, top:(last - 1) * s + p + 1]
-                    y = band if norm is None else norm(band)
-                    y = linear(y.to(dtype), weight, bias)
-                    y = _attend(
-                        y, kernel, self.rel_pos_bias, self.attn_scale, self.num_queries, self.num_heads, s, self.impl,
-                        self.scale, pad_rows=0 if inside else p)
-                    y = linear(y[:, skip:skip + last - i].flatten(3), proj, proj_bias)
-                    if norm is None:
-                        out = y.new_empty(B, Ho, Wo, y.shape[3]) if out is None else out
-                        out[b:b + images, i:last] = y
-                    else:
-                        band = x[b:b + images, i:last]
-                        if out is None:
-                            out = x.new_empty(x.shape, dtype=torch.result_type(x, y))
-                        torch.add(band, y, out=out[b:b + images, i:last])
-        return out
+            return _in_bands(
+                self, x, norm, kernel, lambda y: linear(y.to(dtype), weight, bias),
+                lambda y: linear(y, proj, proj_bias))
 
+    @torch.jit.ignore
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The layer with its queries folded into the projection for good, for inference: `FoldedQnAAttention`.
+
+        Layers that are not plain linear ones (adapters, hooks) cannot be folded: the layer itself is returned then.
+        """
+        return FoldedQnAAttention(self) if self._is_plain() else self
+
+
+@torch.jit.unused
+def _in_bands(
+        layer: nn.Module,
+        x: torch.Tensor,
+        norm: Optional[nn.Module],
+        kernel: torch.Tensor,
+        project: Callable[[torch.Tensor], torch.Tensor],
+        output: Callable[[torch.Tensor], torch.Tensor],
+) -> torch.Tensor:
+    """Attention of `layer` to a map (B, H, W, C), or that of the normed map and the map itself, in bands of rows."""
+    B, H, W, _ = x.shape
+    s, p = layer.stride, layer.kernel_size // 2
+    Ho, Wo = (H - 1) // s + 1, (W - 1) // s + 1
+    row = W * s * kernel.shape[0] * kernel.element_size()
+    images = max(1, BAND // (Ho * row))
+    rows = band_rows(Ho, row, BAND, least=2 * p)
+    out = None
+    for b in range(0, B, images):
+        for i in range(0, Ho, rows):
+            # inside the map a band brings its own context, at its edge one row of windows too many is taken
+            last = min(i + rows, Ho)
+            inside = i * s >= p and (last - 1) * s + p < H
+            skip = 0 if inside else min(i, -(-p // s))
+            top = i * s - p if inside else (i - skip) * s
+            band = x[b:b + images, top:(last - 1) * s + p + 1]
+            y = project(band if norm is None else norm(band))
+            y = _attend(
+                y, kernel, layer.rel_pos_bias, layer.attn_scale, layer.num_queries, layer.num_heads, s, layer.impl,
+                layer.scale, pad_rows=0 if inside else p)
+            y = output(y[:, skip:skip + last - i].flatten(3))
+            if norm is None:
+                out = y.new_empty(B, Ho, Wo, y.shape[3]) if out is None else out
+                out[b:b + images, i:last] = y
+            else:
+                band = x[b:b + images, i:last]
+                if out is None:
+                    out = x.new_empty(x.shape, dtype=torch.result_type(x, y))
+                torch.add(band, y, out=out[b:b + images, i:last])
+    return out
+
+
+class FoldedQnAAttention(nn.Module):
+    """What `QnAAttention.fuse` makes of a layer: the same function, one projection to values, ones and scores.
+
+    Its weights are those of the folded form, so that nothing is computed from them or compared in a call. The form of
+    `QnAAttention` cannot be had back from them.
+    """
+
+    def __init__(self, attn: QnAAttention):
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.kernel_size = attn.kernel_size
+        self.stride = attn.stride
+        self.num_queries = attn.num_queries
+        self.scale = attn.scale
+        self.impl = attn.impl
+        weight, bias, kernel, proj = attn.fold(attn.proj.weight.dtype)
+        self.joint = _linear(weight, bias)
+        self.proj = _linear(proj, attn.proj.bias)
+        self.register_buffer('kernel', kernel)
+        self.register_buffer('rel_pos_bias', attn.rel_pos_bias.detach())
+        self.register_buffer('attn_scale', None if attn.attn_scale is None else attn.attn_scale.detach())
+        self.train(attn.training)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, H, W, dim) to (B, ceil(H / stride), ceil(W / stride), out_dim)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x):
+                return self.in_bands(x)
+            if x.device.type != 'meta':
+                return self._forward(x)
+        return self.proj(self._attend(self.joint(x)))
+
+    def _attend(self, x: torch.Tensor) -> torch.Tensor:
+        return _attend(
+            x, self.kernel, self.rel_pos_bias, self.attn_scale, self.num_queries, self.num_heads, self.stride,
+            self.impl, self.scale).flatten(3)
+
+    @torch.jit.unused
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.joint(x)
+        with torch.autocast(device_type=x.device.type, enabled=False):
+            x = self._attend(x)
+        return self.proj(x)
+
+    @torch.jit.unused
+    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference."""
+        if torch.is_autocast_enabled('cpu'):
+            return self._forward(x) if norm is None else x + self._forward(norm(x))
+        return _in_bands(
+            self, x, norm, self.kernel, lambda y: pointwise(y, self.joint), lambda y: pointwise(y, self.proj))
+
+
+def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Linear:
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device='meta')
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return layer
 
 class QnAUpsample(nn.Module):
     """Upsampling by learned-query local attention, (B, H, W, dim) to (B, r H, r W, out_dim). Ours.

@@ -43,6 +43,8 @@ MIN_DEGREE = 1e-6
 # a band. Measured on one core: a 128 x 128 map of 64 channels takes 16 ms in such bands, 30 ms at once (float32).
 BANDS_FROM = 512
 BAND = 2 ** 18
+# How many elements the features of a map have at most if they are kept for the second pass; more are computed twice.
+KEPT = 2 ** 23
 
 
 def _at_least_float32(x: torch.Tensor) -> torch.Tensor:
@@ -372,6 +374,8 @@ class RandomWalkAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.log_temperature = nn.Parameter(torch.empty(num_heads, **dd)) if features == 'softmax' else None
         self.theta = nn.Parameter(torch.empty(num_heads, **dd)) if init_beta > 0 else None
+        self.register_buffer('fixed_beta', None)
+        self.register_buffer('fixed_temperature', None)
         self.proj = nn.Linear(dim, dim, **dd)
         self.reset_parameters()
 
@@ -387,7 +391,7 @@ class RandomWalkAttention(nn.Module):
         """Probability (num_heads,) to return, in float32 at least, None where it is 0 for good."""
         theta = self.theta
         if theta is None:
-            return None
+            return self.fixed_beta
         return _at_least_float32(theta).sigmoid() * max_beta
 
     def temperature(
@@ -398,8 +402,19 @@ class RandomWalkAttention(nn.Module):
         """Temperature (num_heads,) of softmax features, in float32 at least, None for others."""
         log_temperature = self.log_temperature
         if log_temperature is None:
-            return None
+            return self.fixed_temperature
         return _at_least_float32(log_temperature).clamp(least, most).exp()
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Put the probabilities and temperatures in the place of what they are computed from, for inference.
+
+        The state dict is another then.
+        """
+        beta, temperature = self.beta(), self.temperature()
+        self.fixed_beta = None if beta is None else beta.detach()
+        self.fixed_temperature = None if temperature is None else temperature.detach()
+        self.theta = self.log_temperature = None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
@@ -452,18 +467,23 @@ class RandomWalkAttention(nn.Module):
         with torch.autocast('cpu', enabled=False):
             beta, temperature = self.beta(), self.temperature()
             temperature = None if temperature is None else temperature.unsqueeze(1)
-            parts, mean = [], 0
-            for band in bands:
+
+            def project(band: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
                 band = (band if norm is None else norm(band)).to(dtype)
                 p = linear(band, weight[:2 * C], qk_bias).view(-1, 2, heads, r)
-                p = _features(_at_least_float32(p), temperature)
-                mean = mean + p.sum(dim=0) / (H * W)
-                parts.append((p, linear(band, weight[2 * C:], v_bias)))
+                return _features(_at_least_float32(p), temperature), linear(band, weight[2 * C:], v_bias)
+
+            parts, mean = [], 0
+            for band in bands:
+                part = project(band)
+                mean = mean + part[0].sum(dim=0) / (H * W)
+                parts.append(part if 2 * H * W * C <= KEPT else None)
 
             other = mean.flip(0).clamp_min_(1e-30)  # each kind of node is weighed by the mean of the other
             grams = mean.new_zeros(2 * heads, r, r)
             y = mean.new_zeros(heads, r, r)
-            for i, (p, v) in enumerate(parts):
+            for i, part in enumerate(parts):
+                p, v = project(bands[i]) if part is None else part
                 v = _at_least_float32(v).view(-1, heads, r)
                 y.baddbmm_(p[:, 1].permute(1, 2, 0), v.transpose(0, 1))
                 kinds = 1 if beta is None else 2

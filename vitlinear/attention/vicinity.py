@@ -12,6 +12,8 @@ be taken before it meets the queries. The paper speaks of the Manhattan distance
 authors' released code computes, and what its weights were trained with.
 """
 import math
+from functools import lru_cache
+from typing import Any, Callable
 
 import torch
 import torch.nn as nn
@@ -97,6 +99,19 @@ def _position_features(H: int, W: int, locality: str, like: torch.Tensor) -> tor
     if locality == '2d_product':
         return (rows.unsqueeze(1) * columns.unsqueeze(0)).reshape(4, 1, H * W)
     return torch.cat([rows, columns]).reshape(4, 1, H * W)
+
+
+@lru_cache(maxsize=16)
+def _known_table(build: Callable[..., torch.Tensor], dtype: torch.dtype, *size: Any) -> torch.Tensor:
+    with torch.inference_mode(False):
+        return build(*size, torch.empty(0, dtype=dtype, device='cpu'))
+
+
+def _table(build: Callable[..., torch.Tensor], like: torch.Tensor, *size: Any) -> torch.Tensor:
+    """`build(*size, like)`, which inference on a CPU remembers."""
+    if use_bands(like) and type(like) is torch.Tensor:
+        return _known_table(build, like.dtype, *size)
+    return build(*size, like)
 
 
 def _normalise(
@@ -217,7 +232,7 @@ def _by_axes(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, clamp: bool, eps
     """
     B, heads, H, W, d = q.shape
     e = v.shape[-1]
-    rows, columns = _angle_table(H, q), _angle_table(W, q)
+    rows, columns = _table(_angle_table, q, H), _table(_angle_table, q, W)
 
     row_kv = rows @ (k.transpose(-2, -1) @ v).reshape(B, heads, H, d * e)  # (B, heads, 2, d e)
     k_t, v_t = k.transpose(2, 3), v.transpose(2, 3)
@@ -252,7 +267,10 @@ def _vicinity_attention(
         # by size in eager mode only: graphs that are traced or exported shall hold for every size
         if impl == 'separable' or (impl == 'auto' and locality == '2d' and is_eager() and H * W >= SEPARABLE_FROM):
             return _by_axes(q, k, v, clamp, eps).to(dtype)
-    features = _position_features(H, W, locality, q)
+    if torch.jit.is_scripting():
+        features = _position_features(H, W, locality, q)
+    else:
+        features = _table(_position_features, q, H, W, locality)
     # positions last: the factors vary along the innermost axis then, and the elementwise passes stay vectorised
     q, k, v = [x.flatten(2, 3).transpose(-2, -1).contiguous() for x in (q, k, v)]
     if torch.jit.is_scripting():
@@ -417,7 +435,7 @@ class VicinityAttention(nn.Module):
         B, H, W, C = x.shape
         rows = band_rows(H, W * C, BAND)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        features = _position_features(H, W, self.locality, torch.empty(0, dtype=dtype, device=x.device))
+        features = _table(_position_features, torch.empty(0, dtype=dtype, device=x.device), H, W, self.locality)
         r = self.reduced_dim
 
         def project(band: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -22,7 +22,7 @@ from typing import Optional, Tuple
 import torch
 import torch.nn as nn
 
-from ._common import band_rows, check_heads, inverse_norm, is_plain, linear, use_bands
+from ._common import band_rows, check_heads, inverse_norm, is_plain, linear, pointwise, use_bands
 
 KV_AXES = ('key', 'value')
 
@@ -164,6 +164,16 @@ def _attn_dim(dim: int, num_heads: int, attn_dim: Optional[int], attn_ratio: flo
     return attn_dim, check_heads(attn_dim, num_heads, name)
 
 
+@torch.no_grad()
+def _fold_scales(attn: nn.Module) -> None:
+    if attn.gamma_q is not None and attn.gamma_kv is not None and is_plain(attn.proj):
+        weight = attn.proj.weight
+        wide = torch.promote_types(weight.dtype, torch.float32)
+        scale = (attn.gamma_q.to(wide) * attn.gamma_kv.to(wide)).repeat_interleave(attn.head_dim)
+        attn.proj.weight = nn.Parameter((weight * scale).to(weight.dtype), weight.requires_grad)
+        attn.gamma_q = attn.gamma_kv = None
+
+
 class XNormAttention(nn.Module):
     """Multi-head XNorm attention over all positions of a map, linear in H W.
 
@@ -216,6 +226,11 @@ class XNormAttention(nn.Module):
         nn.init.ones_(self.gamma_q)
         nn.init.ones_(self.gamma_kv)
 
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Multiply both scales of each head into the output projection. The state dict is another then."""
+        _fold_scales(self)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
@@ -248,7 +263,7 @@ class XNormAttention(nn.Module):
                 kv = self._normalised(k.transpose(-2, -1) @ v, H * W)
                 y = (q * inverse_norm(q, -1, EPS)) @ kv
                 y = y.transpose(1, 2).flatten(2).to(x.dtype)
-                y = linear(y, self.proj.weight, self.proj.bias).unflatten(1, (H, W))
+                y = pointwise(y, self.proj).unflatten(1, (H, W))
                 out = self._write(out, x, band, y, norm is not None, slice(b, b + images), slice(None))
             return out
 
@@ -273,7 +288,7 @@ class XNormAttention(nn.Module):
     @torch.jit.unused
     def _project(self, x: torch.Tensor) -> torch.Tensor:
         """Queries, keys and values (positions, 3, heads, d)."""
-        qkv = linear(x.flatten(0, -2), self.qkv.weight, self.qkv.bias)
+        qkv = pointwise(x.flatten(0, -2), self.qkv)
         return qkv.unflatten(1, (3, self.num_heads, self.head_dim))
 
     @torch.jit.unused
@@ -332,6 +347,11 @@ class XNormClassAttention(nn.Module):
         """Set both scales of each head to 1."""
         nn.init.ones_(self.gamma_q)
         nn.init.ones_(self.gamma_kv)
+
+    @torch.jit.ignore
+    def reparameterize(self) -> None:
+        """Multiply both scales of each head into the output projection. The state dict is another then."""
+        _fold_scales(self)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Class token and positions (B, 1 + N, C) to the class token's (B, 1, C)."""

@@ -9,10 +9,8 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 from torch import nn
 
-from timm.layers import get_device_dtype
-from timm.models import reparameterize_model
-
 from ..attention.linear_angular import LinearAngular, check_aux_mode
+from ._pyramid import reparameterize
 
 # On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.
 CHECK_INTERVAL = 100
@@ -176,10 +174,8 @@ class Castling:
         Returns:
             The model.
         """
-        dd = get_device_dtype(self)
-        self.eval()
-        reparameterize_model(self, inplace=True)
-        return self.to(**dd)  # timm fuses into layers of the default type
+        reparameterize(self.eval())
+        return self
 
     def schedule_castling(self, steps: int, ramp: Sequence[float] = (.1, .7)) -> None:
         """Let the model advance the ramp by itself, by the number of its forward passes in training mode.

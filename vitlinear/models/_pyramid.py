@@ -5,17 +5,30 @@ convolutional MLP, a norm after each stage. Maps are (B, H, W, C) within a stage
 channels-last memory, so neither norms nor convolutions copy.
 """
 import math
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, Union
+from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
 from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
 from ..attention import ATTENTION_LAYERS, get_attention_layer
-from ..attention._common import band_rows, depthwise, has_hooks, is_plain, plain_gelu, pointwise, use_bands
+from ..attention._common import (
+    band_rows,
+    depthwise,
+    has_hooks,
+    is_plain,
+    packed_weight,
+    plain_gelu,
+    pointwise,
+    use_bands,
+)
+from ..attention.qna import FoldedQnAAttention
 
 # Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
 # 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
@@ -23,7 +36,7 @@ MLP_BAND = 2 ** 21
 
 AttnLayer = Union[str, Callable[..., nn.Module]]
 
-for _layer in ATTENTION_LAYERS.values():
+for _layer in (*ATTENTION_LAYERS.values(), FoldedQnAAttention):
     register_notrace_module(_layer)
 
 
@@ -148,10 +161,11 @@ class ConvMlp(nn.Module):
         gelu = plain_gelu(self.act)
         rows = slice(above, x.shape[2] - below)
         if gelu is not None and is_plain(self.dwconv, nn.Conv2d) and not torch.is_autocast_enabled('cpu'):
+            args = gelu, packed_weight(self.dwconv)
             if above and below:
-                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [0, 1], gelu)
+                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [0, 1], *args)
             else:
-                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [1, 1], gelu)[:, :, rows]
+                x = depthwise(x, self.dwconv.weight, self.dwconv.bias, [1, 1], *args)[:, :, rows]
             return x.permute(0, 2, 3, 1)
         return self.act(self.dwconv(x)[:, :, rows].permute(0, 2, 3, 1))
 
@@ -326,6 +340,66 @@ def init_module(m: nn.Module, needs_reset: bool = True) -> None:
             nn.init.zeros_(m.bias)
     elif needs_reset and hasattr(m, 'reset_parameters'):
         m.reset_parameters()
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    """What weights are folded in."""
+    return torch.float32 if device.type == 'mps' else torch.float64
+
+
+def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
+    """A convolution that does what `conv` and then `norm` do in evaluation mode, folded in float64."""
+    weight = conv.weight
+    wide = [deepcopy(m).to(_wide(weight.device)).eval() for m in (conv, norm)]
+    return fuse_conv_bn_eval(*wide).to(weight.dtype).requires_grad_(weight.requires_grad)
+
+
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _fuse_in_float64(layer: nn.Module, hook: str) -> nn.Module:
+    """Call a hook of a layer that folds in its own type, into new layers of the default type and device."""
+    like = next((p for p in layer.parameters() if p.is_floating_point()), None)
+    if like is None:
+        out = getattr(layer, hook)()
+        return out if hook == 'fuse' else layer
+    device, dtype, wide = like.device, like.dtype, _wide(like.device)
+    with _default_dtype(wide):
+        out = getattr(layer.to(wide), hook)()
+    return (out if hook == 'fuse' else layer).to(device, dtype)
+
+
+def reparameterize(model: nn.Module) -> int:
+    """Let each layer below `model` that has a simpler form for inference take it, in place.
+
+    As `timm.models.reparameterize_model`, with which timm's layers become float32 ones and round as their type does:
+    here everything is folded in float64 and keeps its type and device.
+
+    Returns:
+        How many layers took another form.
+    """
+    count = 0
+    for name, child in list(model.named_children()):
+        hook = next((h for h in ('fuse', 'reparameterize', 'switch_to_deploy') if hasattr(type(child), h)), None)
+        if hook is not None:
+            before = {k: id(p) for k, p in child.named_parameters()}
+            if type(child).__module__.startswith(__package__.partition('.')[0] + '.'):
+                out = getattr(child, hook)()
+                out = out if hook == 'fuse' else child
+            else:
+                out = _fuse_in_float64(child, hook)
+            count += before != {k: id(p) for k, p in out.named_parameters()}
+            setattr(model, name, out)
+            child = out
+        count += reparameterize(child)
+    return count
 
 
 class HierarchicalModel(nn.Module):

@@ -28,7 +28,6 @@ from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import get_act_layer, to_2tuple
@@ -41,10 +40,10 @@ from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_
 
 from .._timm import build_model, register_notrace_module
 from ..attention import LinearAngularAttention
-from ..attention._common import has_hooks, is_plain, linear, use_bands
+from ..attention._common import has_hooks, is_plain, linear, packed_weight, use_bands
 from ..attention.linear_angular import LinearAngular
 from ._castling import Castling, check_ramp
-from ._pyramid import Pyramid, check_input
+from ._pyramid import Pyramid, check_input, fold_batch_norm
 from ._weights import fit, not_a_checkpoint_of, unwrap
 
 __all__ = ['CastlingLevit', 'CastlingLevitDistilled', 'CastlingMultiScaleVit', 'CastlingPyramid',
@@ -160,17 +159,17 @@ class PointwiseNorm(ConvNorm):
 
     @torch.jit.unused
     def _as_linear(self, x: torch.Tensor) -> torch.Tensor:
-        x = linear(x.permute(0, 2, 3, 1), self.linear.weight.flatten(1), self.linear.bias)
+        conv = self.linear
+        x = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias, packed=packed_weight(conv))
         if isinstance(self.bn, nn.BatchNorm2d):
             scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
             x = torch.addcmul(torch.addcmul(self.bn.bias, self.bn.running_mean, scale, value=-1), x, scale)
         return x.permute(0, 3, 1, 2)
 
-    @torch.no_grad()
     def fuse(self) -> 'PointwiseNorm':
         """Fold the norm into the convolution."""
         if isinstance(self.bn, nn.BatchNorm2d):
-            self.linear = fuse_conv_bn_eval(self.linear.eval(), self.bn.eval())
+            self.linear = fold_batch_norm(self.linear, self.bn)
             self.bn = nn.Identity()
         return self
 

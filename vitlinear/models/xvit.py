@@ -53,7 +53,8 @@ from .._timm import (
     update_model_input_size,
 )
 from ..attention import XNormClassAttention, get_attention_layer
-from ._pyramid import Mlp, Pyramid, check_input, init_module
+from ..attention._common import InferenceCache, has_hooks, is_plain, use_bands
+from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module
 from ._weights import fit, unwrap
 
 __all__ = ['XNormPyramid', 'XNormVisionTransformer']
@@ -86,6 +87,14 @@ class LocalPatchInteraction(nn.Module):
         else:
             x = self.act(self.norm(x))
         return x.permute(0, 2, 3, 1)
+
+    def fuse(self) -> 'LocalPatchInteraction':
+        """Fold the norm into the convolution before it; between two convolutions, GELU stands before the norm."""
+        if self.conv2 is None and type(self.norm) is nn.BatchNorm2d and not has_hooks(self.norm):
+            if is_plain(self.conv1, nn.Conv2d):
+                self.conv1 = fold_batch_norm(self.conv1, self.norm)
+                self.norm = nn.Identity()
+        return self
 
 
 class XNormBlock(nn.Module):
@@ -166,6 +175,7 @@ class FourierPosition(nn.Module):
         self.num_freqs = num_freqs
         self.temperature = temperature
         self.proj = nn.Linear(4 * num_freqs, dim, device=device, dtype=dtype)
+        self._cache = InferenceCache()
 
     def _features(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """(size, 2 num_freqs), in float32."""
@@ -176,6 +186,17 @@ class FourierPosition(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to the positions (1, H, W, C) to add to it."""
+        if not torch.jit.is_scripting():
+            if use_bands(x) and is_plain(self.proj) and not torch.is_autocast_enabled('cpu'):
+                return self._known_positions(x)
+        return self._positions(x)
+
+    @torch.jit.unused
+    def _known_positions(self, x: torch.Tensor) -> torch.Tensor:
+        sources = [self.proj.weight, self.proj.bias]
+        return self._cache.get(sources, (x.shape[1], x.shape[2]), lambda size: self._positions(x))
+
+    def _positions(self, x: torch.Tensor) -> torch.Tensor:
         H, W = x.shape[1], x.shape[2]
         rows = self._features(H, x).unsqueeze(1).expand(-1, W, -1)
         columns = self._features(W, x).unsqueeze(0).expand(H, -1, -1)
@@ -295,6 +316,7 @@ class XNormVisionTransformer(nn.Module):
         grid = self._grid(self.img_size)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dim, **dd)) if pos_embed == 'learn' else None
         self.pos_fourier = FourierPosition(embed_dim, **dd) if pos_embed == 'fourier' else None
+        self._cache = InferenceCache()
         self.pos_drop = nn.Dropout(pos_drop_rate)
 
         if attn_layer == 'xnorm':
@@ -427,12 +449,23 @@ class XNormVisionTransformer(nn.Module):
         init_module(self.head)
         self.head.train(self.training)
 
+    def _positions(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
+        """The learned positions, resized to the map (B, H, W, C); inference on a CPU remembers them."""
+        if not torch.jit.is_scripting():
+            if use_bands(x) and x.shape[1:3] != positions.shape[1:3]:
+                return self._known_positions(positions, (x.shape[1], x.shape[2]))
+        return resample_abs_pos_embed_nhwc(positions, [x.shape[1], x.shape[2]])
+
+    @torch.jit.unused
+    def _known_positions(self, positions: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+        return self._cache.get([positions], size, partial(resample_abs_pos_embed_nhwc, positions))
+
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to a map (B, H', W', C) with positions."""
         check_input(x, self.in_chans)
         x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
         if self.pos_embed is not None:
-            x = x + resample_abs_pos_embed_nhwc(self.pos_embed, [x.shape[1], x.shape[2]])
+            x = x + self._positions(self.pos_embed, x)
         if self.pos_fourier is not None:
             x = x + self.pos_fourier(x)
         return self.pos_drop(x)
