@@ -315,7 +315,7 @@ def _latency(results: Dict[str, List[Row]], colours: Dict[str, int]) -> str:
     if not results:
         return (
             '<p class="note">The measurements are in the folder results/ of the source, which an installed package '
-            'does not carry; scripts/benchmark.py there takes them on your machine.</p>')
+            'does not carry; <code>vitlinear bench</code> takes them on your machine.</p>')
     parts = [
         '<p class="note">Medians of alternating passes on the machine of results/README.md, in milliseconds a pass; '
         'the thin line spans the quartiles. Shorter is faster. Compare the bars of one chart with each other.</p>']

@@ -1,0 +1,100 @@
+"""The process of one point. Started by `workers.Worker`, which it talks to through a pipe."""
+import ctypes
+import gc
+import math
+import os
+import resource
+import signal
+import sys
+import time
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from typing import Any, Callable, Optional
+
+from . import steps
+
+MIN_TURN = .05  # seconds; short passes are repeated within a turn
+SETTLE = .01  # seconds; threads that have run out of work spin for a while, which is not to be in another's turn
+
+
+def _resident(field: str) -> float:
+    """Resident memory of this process in MiB, now (VmRSS) or at its peak (VmHWM)."""
+    with open('/proc/self/status') as f:
+        return next(int(line.split()[1]) for line in f if line.startswith(field)) / 1024
+
+
+def peak() -> float:
+    """Peak resident memory of this process in MiB."""
+    if os.path.exists('/proc/self/status'):
+        return _resident('VmHWM')  # ru_maxrss starts from that of the process that started this one
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
+
+
+def added(step: Callable[[], None]) -> Optional[float]:
+    """Peak memory of a pass beyond what the process holds before it, in MiB; None where the system does not say."""
+    gc.collect()
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
+        with open('/proc/self/clear_refs', 'w') as f:
+            f.write('5')  # the peak so far is forgotten
+        before = _resident('VmRSS')
+    except (AttributeError, OSError):
+        return None
+    step()
+    return max(0., _resident('VmHWM') - before)
+
+
+def _clock(step: Callable[[], None], repeats: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(repeats):
+        step()
+    return (time.perf_counter() - start) / repeats
+
+
+def serve(connection: Connection) -> None:
+    """Prepare what the first message asks for, then run a timed pass for each 'pass', until 'facts' ends it.
+
+    The first message is a dict of `row`, the point; `warmup`, the number of untimed passes, 1 at least; `device`;
+    `kwargs`, arguments of the model; `also`, 'PATH:MODULE:NAME' of a function that makes the model, None for timm's;
+    `folder`, for temporary files.
+    """
+    connection.send('the libraries are loaded')
+    order = connection.recv()
+    step = steps.make_step(order)
+    for _ in range(order['warmup']):
+        seconds = _clock(step)
+    repeats = max(1, math.ceil(MIN_TURN / max(seconds, 1e-6))) if seconds < MIN_TURN / 2 else 1
+    of_pass = added(step) if order['row']['kind'] in ('core', 'layer') else None
+    connection.send(dict(peak_mib=steps.gpu_peak(order) or peak()))
+    while connection.recv() == 'pass':
+        ms = 1e3 * _clock(step, repeats)
+        time.sleep(SETTLE)
+        connection.send(dict(ms=ms))
+    kind = order['row']['kind']
+    at_most = None if kind == 'ceiling' else of_pass if kind != 'model' else steps.gpu_peak(order) or peak()
+    connection.send(dict(steps.count(order), peak_mib=at_most))
+
+
+def reason(e: BaseException) -> str:
+    """An exception in a line."""
+    text = ' '.join(next((line for line in str(e).splitlines() if line.strip()), '').split())
+    return f'{type(e).__name__}: {text}'[:200].rstrip(': ')
+
+
+def main() -> None:
+    os.setpgrp()  # to be ended with whatever it starts, and by its parent alone: Ctrl-C goes there
+    with suppress(AttributeError):
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # Linux's PR_SET_PDEATHSIG: at the latest when the parent ends
+    connection: Any = Connection(int(sys.argv[1]))
+    with suppress(EOFError, BrokenPipeError):  # whoever wanted to know has gone
+        try:
+            serve(connection)
+        except EOFError:
+            raise
+        except Exception as e:
+            connection.send(dict(error=reason(e)))
+            connection.recv()
+
+
+if __name__ == '__main__':
+    main()
