@@ -42,6 +42,7 @@ from .._timm import build_model, register_notrace_module
 from ..attention import LinearAngularAttention
 from ..attention._common import has_hooks, is_plain, linear, packed_weight, use_bands
 from ..attention.linear_angular import LinearAngular
+from ..checkpoints.records import weights_cfg
 from ._castling import Castling, check_ramp
 from ._pyramid import Pyramid, check_input, fold_batch_norm
 from ._weights import fit, not_a_checkpoint_of, unwrap
@@ -880,7 +881,9 @@ _pvt_v2_cfg = partial(_cfg, pool_size=(7, 7))
 _deit_cfg = partial(_cfg, fixed_input_size=True)
 
 default_cfgs = generate_default_cfgs({
-    'castling_nano.untrained': _pvt_v2_cfg(
+    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
+    'castling_nano.fashion_mnist': _pvt_v2_cfg(origin_url=None, **weights_cfg('castling_nano.fashion_mnist')),
+    'castling_nano.untrained*': _pvt_v2_cfg(
         input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
     'castling_levit_128s.in1k': _levit_cfg(),
     'castling_levit_128.in1k': _levit_cfg(),
