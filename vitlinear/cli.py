@@ -8,6 +8,7 @@ COMMANDS = {
     'train': ('vitlinear.train', 'train or fine-tune a classifier'),
     'validate': ('vitlinear.validate', 'measure the accuracy of a model or checkpoint'),
     'bench': ('vitlinear.bench.command', 'measure speed and memory of models, and draw plots of them'),
+    'quantize': ('vitlinear.quantize', 'write a model as ONNX in 8-bit integers'),
     'convert': ('vitlinear.checkpoints.convert', 'write a checkpoint of any kind as a folder for the Hub'),
     'export': ('vitlinear.checkpoints.export', 'write a training run as a folder for the Hub'),
     'push': ('vitlinear.checkpoints.publish:main_push', 'send such a folder to the Hub'),
