@@ -186,7 +186,7 @@ def test_waiting_takes_no_time(also, tmp_path):
         assert worker.reason is None
         before = used()
         time.sleep(1.)
-        assert used() - before < .1
+        assert used() - before < .5
     finally:
         worker.close()
 
