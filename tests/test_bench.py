@@ -487,6 +487,7 @@ def test_patterns():
 
 def test_plan(capsys, monkeypatch):
     """Peers side by side: what differs in the model alone."""
+    monkeypatch.setattr(command, 'version', lambda name: '1.0')  # an extra, which need not be there
     args = command.build_parser().parse_args([
         'vvt_nano', 'castling_nano', '--sizes', '32', '64', '--mode', 'infer', 'train', '--runtimes', 'eager',
         'onnxruntime', '--channels-last', '--threads', '1', '2', '--model-kwargs', 'num_classes=3'])
