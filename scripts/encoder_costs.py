@@ -11,12 +11,13 @@ Savings are in percent of the peer.
 """
 import argparse
 import csv
-import os
+import io
 from pathlib import Path
 
 import timm
 
 import vitlinear  # noqa: F401
+from vitlinear.checkpoints.records import write_text
 from vitlinear.info import count_macs
 
 PEERS = {'gkvit_nano': 'b0', 'gkvit_tiny': 'b1', 'gkvit_small': 'b2', 'gkvit_base': 'b3', 'gkvit_large': 'b5'}
@@ -48,12 +49,11 @@ def main() -> None:
     for row in [dict(zip(FIELDS, FIELDS)), *rows]:
         print('  '.join(f'{row[field]:>13}' for field in FIELDS))
     if args.out:
-        part = args.out.with_name(f'{args.out.name}.{os.getpid()}.part')
-        with open(part, 'w', newline='') as f:
-            writer = csv.DictWriter(f, FIELDS, lineterminator='\n')
-            writer.writeheader()
-            writer.writerows(rows)
-        os.replace(part, args.out)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
+        writer.writeheader()
+        writer.writerows(rows)
+        write_text(args.out, text.getvalue())
 
 
 if __name__ == '__main__':

@@ -175,10 +175,9 @@ def read_rows(path: Path) -> List[Dict[str, str]]:
 
 def write(path: Path, text: str) -> None:
     """All at once, so that the file is whole whenever this is interrupted."""
+    from vitlinear.checkpoints.records import write_text
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f'{path.name}.{os.getpid()}.part')
-    part.write_text(text)
-    os.replace(part, path)
+    write_text(path, text)
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:

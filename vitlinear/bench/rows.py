@@ -2,13 +2,12 @@
 import csv
 import io
 import json
-import os
 import statistics
-import tempfile
 from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .._script import UsageError
+from ..checkpoints.records import write_text
 
 Row = Dict[str, Any]
 
@@ -78,19 +77,10 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
         writer = csv.DictWriter(out, FIELDS, lineterminator='\n')
         writer.writeheader()
         writer.writerows({k: f'{v:g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
-    new = None
     try:
-        with tempfile.NamedTemporaryFile(
-                'w', encoding='utf-8', newline='', dir=path.parent, prefix=f'.{path.name}.', delete=False) as f:
-            new = f.name
-            f.write(out.getvalue())
-        os.chmod(new, 0o644)  # it was made for the owner alone
-        os.replace(new, path)
+        write_text(path, out.getvalue())
     except OSError as e:
         raise UsageError(f'{path} cannot be written: {e.strerror or e}') from e
-    finally:
-        if new and os.path.exists(new):
-            os.unlink(new)
 
 
 class Table:
