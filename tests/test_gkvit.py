@@ -72,7 +72,8 @@ def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 
 
     A block of N positions and C channels in heads of r: 4 N C^2 in projections; 4 N C r in sums over tokens and
     outputs; N C in the degrees of queries and as much in those of keys; r^3 in the product of two sums, in each
-    doubling and in each squaring between them; 8 N C^2 + 36 N C in the MLP.
+    doubling and in each squaring between them; 8 N C^2 + 36 N C in the MLP. Maps of no more than r positions take N x N
+    matrices instead: N^2 r in edges, in one step and in each doubling; N^3 in two steps and in each squaring.
     """
     total = 0
     for i, stage in enumerate(model.stages):
@@ -82,7 +83,11 @@ def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 
         total += N * conv.kernel_size[0] ** 2 * conv.in_channels * C
         for block in stage.blocks:
             heads, r = block.attn.num_heads, block.attn.head_dim
-            total += 12 * N * C ** 2 + 4 * N * C * r + (degrees + 36) * N * C + core * heads * r ** 3
+            total += 12 * N * C ** 2 + 36 * N * C
+            if N > r:
+                total += 4 * N * C * r + degrees * N * C + core * heads * r ** 3
+            else:
+                total += heads * N ** 2 * ((2 + DOUBLINGS) * r + DOUBLINGS * N)
     return total + model.head.weight.numel()
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from vitlinear.attention import RandomWalkAttention, random_walk_attention, reference
 from vitlinear.attention import random_walk as rw
 
-SIZES = [(9, 9), (12, 7), (5, 11), (1, 1)]
+SIZES = [(9, 9), (12, 7), (5, 11), (4, 4), (4, 3), (1, 1)]  # with r = 4: up to 4 nodes have a form of their own
 F64 = dict(dtype=torch.float64)
 
 
@@ -119,9 +119,10 @@ def test_both_forms_agree(beta: Optional[float], temperature: Optional[float]):
     def own(q, k, v, b, t):
         return random_walk_attention(q, k, v, b, t, features='elu' if t is None else 'softmax')
 
-    args = (*inputs(12, 7), *more)
-    for a, b in zip(value_and_grads(unpack(own), *args), value_and_grads(unpack(plain), *args), strict=True):
-        assert_close(a, b)
+    for sizes in ((12, 7), (4, 3)):
+        args = (*inputs(*sizes), *more)
+        for a, b in zip(value_and_grads(unpack(own), *args), value_and_grads(unpack(plain), *args), strict=True):
+            assert_close(a, b)
 
 
 def test_gradcheck():
@@ -191,6 +192,36 @@ def test_series():
     for _ in range(8):
         expected, powers = expected + powers @ start, powers @ step
     assert_close(rw.walk_series(step, start, 3), expected)
+
+
+def test_no_more_doublings_than_float32_sees():
+    """In training on a CPU; a float64 module, evaluation and compiled graphs take them all."""
+    assert [rw._enough_doublings(torch.tensor([.01, beta])) for beta in (.01, .107, .3, .5, .7, .9, math.nan)] == [
+        2, 3, 4, 5, 6, 7, 7]
+    module, x = RandomWalkAttention(16, 2), torch.randn(2, 5, 5, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        nn.init.normal_(module.qkv.weight)
+    taken, series = [], rw.walk_series
+
+    def count(step, start, doublings):
+        taken.append(doublings)
+        return series(step, start, doublings)
+
+    outs = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rw, 'walk_series', count)
+        for beta in (.107, .8):
+            nn.init.constant_(module.theta, math.log(beta / (rw.MAX_BETA - beta)))
+            for training in (True, False):
+                params = list(module.train(training).parameters())
+                out = module(x)
+                outs.append([out, *torch.autograd.grad(out.square().sum(), params)])
+        module.double().train()(x.double())
+    assert taken == [3, 3, 7, 7, 7, 7, 7, 7, 7]  # a gradient is another series
+    for short, full in zip(outs[::2], outs[1::2]):
+        for a, b in zip(short, full, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
 
 
 def test_gradients_at_the_largest_beta():
@@ -349,11 +380,13 @@ def test_queries_without_a_key():
     p_q, p_k = rw._features(q, temperature), rw._features(k, temperature)
     assert (p_q @ p_k.mean(dim=2, keepdim=True).mT).max() < rw.MIN_DEGREE
     args = q, k, v, beta, temperature
-    own = value_and_grads(random_walk_attention, *args)
-    plain = value_and_grads(lambda q, k, v, b, t: rw._walk(q, k, v, t, b, rw.DOUBLINGS), *args)
-    for a, b in zip(own, plain, strict=True):
-        assert torch.isfinite(a).all()
-        assert_close(a, b)
+    forms = rw._walk, rw._walk_of_few, rw._Walk.apply
+    plain, *others = (
+        value_and_grads(lambda q, k, v, b, t, form=form: form(q, k, v, t, b, rw.DOUBLINGS), *args) for form in forms)
+    for other in others:
+        for a, b in zip(other, plain, strict=True):
+            assert torch.isfinite(a).all()
+            assert_close(a, b)
 
 
 def test_gradients_stay_bounded_towards_one():

@@ -29,7 +29,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 
-from ._common import band_rows, call_linear, check_heads, is_plain, linear, use_bands
+from ._common import band_rows, call_linear, check_heads, is_eager, is_plain, linear, use_bands
 
 # Features that each mode takes, its own first.
 FEATURES = {'walk': ('softmax', 'elu'), 'spectral': ('signed',)}
@@ -103,6 +103,12 @@ def walk_series(step: torch.Tensor, start: torch.Tensor, doublings: int = DOUBLI
     return start
 
 
+def _enough_doublings(beta: torch.Tensor, left_out: float = 2 ** -24) -> int:
+    """The fewest doublings whose first term left out is one that float32 does not see beside 1; at most the default."""
+    largest = beta.detach().max().item()
+    return next((p for p in range(1, DOUBLINGS) if largest ** 2 ** p <= left_out), DOUBLINGS)
+
+
 def _walks(step: torch.Tensor, start: torch.Tensor, beta: torch.Tensor, doublings: int) -> torch.Tensor:
     """The series (B, heads, r, e) times what lets its rows sum to 1 although it ends."""
     series = walk_series(step.flatten(0, 1), start.flatten(0, 1), doublings).view_as(start)
@@ -128,6 +134,26 @@ def _walk(
         h_k = p_k.transpose(-2, -1) @ (p_k * inverse_k) / M
         y = _walks((beta * h_k) @ h_q, y, beta, doublings)
     return (p_q @ y) * inverse_q
+
+
+def _walk_of_few(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        temperature: Optional[torch.Tensor],
+        beta: Optional[torch.Tensor],
+        doublings: int,
+) -> torch.Tensor:
+    """The same where there are no more nodes on a side than anchors: S itself, and the series of N x N matrices."""
+    dtype = v.dtype
+    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+    edges = _features(q, temperature) @ _features(k, temperature).transpose(-2, -1)
+    to_keys = edges / edges.sum(dim=-1, keepdim=True).clamp_min(MIN_DEGREE * k.shape[2])
+    out = to_keys @ v
+    if beta is not None:
+        to_queries = edges / edges.sum(dim=-2, keepdim=True).clamp_min(MIN_DEGREE * q.shape[2])
+        out = _walks(beta * (to_keys @ to_queries.transpose(-2, -1)), out, beta, doublings)
+    return out.to(dtype)
 
 
 class _Walk(torch.autograd.Function):
@@ -265,6 +291,9 @@ def _random_walk_attention(
         q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
         return _walk(q, k, v, temperature, beta, doublings).to(dtype)
     else:
+        # compilers and exporters, whose sizes are symbols, get one form for all
+        if q.shape[3] >= max(q.shape[2], k.shape[2]) and is_eager():
+            return _walk_of_few(q, k, v, temperature, beta, doublings)
         return _Walk.apply(q, k, v, temperature, beta, doublings)
 
 
@@ -430,7 +459,13 @@ class RandomWalkAttention(nn.Module):
         else:
             qkv = call_linear(self.qkv, x)
         q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = random_walk_attention(q, k, v, self.beta(), self.temperature(), self.mode, self.features, doublings)
+        beta = self.beta()
+        if not torch.jit.is_scripting():
+            # where reading betas waits for nothing; on small maps the whole series takes longer than the sums
+            if self.training and x.device.type == 'cpu' and is_eager():
+                if beta is not None and beta.dtype == torch.float32:
+                    doublings = _enough_doublings(beta)
+        x = random_walk_attention(q, k, v, beta, self.temperature(), self.mode, self.features, doublings)
         x = x.transpose(1, 2).reshape(B, H, W, C)
         if torch.jit.is_scripting():
             return self.proj(x)
