@@ -2,6 +2,7 @@
 import copy
 import logging
 import pickle
+from typing import Tuple
 
 import pytest
 import timm
@@ -432,6 +433,19 @@ def test_inference_mlp(monkeypatch, band: int):
             torch.testing.assert_close(out, mlp(u).detach(), rtol=1e-12, atol=1e-12)
             assert torch.equal(u, before)
     assert len(bands) == 10  # inference alone
+
+
+@pytest.mark.parametrize('size', [(1, 1), (1, 5), (2, 1), (2, 2), (7, 2), (3, 3)])
+def test_mlp_on_maps_smaller_than_its_kernel(size: Tuple[int, int]):
+    """Training puts zeros around them, which no value or gradient sees."""
+    torch.manual_seed(0)
+    mlp, x = _pyramid.ConvMlp(6, 24).double(), torch.randn(2, *size, 6, dtype=torch.float64, requires_grad=True)
+    results = []
+    for training in (True, False):
+        out = mlp.train(training)(x)
+        results.append([out, *torch.autograd.grad(out.square().sum(), [x, *mlp.parameters()])])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 def test_inference_respects_what_replaces_a_layer():

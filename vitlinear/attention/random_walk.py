@@ -292,7 +292,7 @@ def _random_walk_attention(
         return _walk(q, k, v, temperature, beta, doublings).to(dtype)
     else:
         # compilers and exporters, whose sizes are symbols, get one form for all
-        if q.shape[3] >= max(q.shape[2], k.shape[2]) and is_eager():
+        if is_eager() and q.shape[3] >= max(q.shape[2], k.shape[2]):
             return _walk_of_few(q, k, v, temperature, beta, doublings)
         return _Walk.apply(q, k, v, temperature, beta, doublings)
 

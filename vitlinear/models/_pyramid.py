@@ -12,6 +12,7 @@ from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set,
 
 import torch
 import torch.nn as nn
+import torch.nn.functional as F
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
@@ -22,6 +23,7 @@ from ..attention._common import (
     band_rows,
     depthwise,
     has_hooks,
+    is_eager,
     is_plain,
     packed_weight,
     plain_gelu,
@@ -143,9 +145,25 @@ class ConvMlp(nn.Module):
         if not torch.jit.is_scripting():
             if use_bands(x):
                 return self.in_bands(x)
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = self.drop1(self.act(x))
+        x = self.fc1(x).permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            x = self.dwconv(x)
+        else:
+            x = self._convolve(x)
+        x = self.drop1(self.act(x.permute(0, 2, 3, 1)))
         return self.drop2(self.fc2(x))
+
+    @torch.jit.unused
+    def _convolve(self, x: torch.Tensor) -> torch.Tensor:
+        """The convolution; in training on a CPU with zeros around maps smaller than its kernel.
+
+        Their backward pass takes several times as long without: 27 against 4 ms for 128 maps of 2 x 2 with 1024
+        channels in bfloat16 on one core.
+        """
+        H, W = x.shape[-2:]
+        if self.training and min(H, W) < 3 and x.device.type == 'cpu' and is_eager():
+            return self.dwconv(F.pad(x, (0, max(0, 3 - W), 0, max(0, 3 - H))))[:, :, :H, :W]
+        return self.dwconv(x)
 
     def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
         """`forward(x)`, or `x + forward(norm(x))`, in bands with one more row on either side for the convolution."""
