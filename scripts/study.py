@@ -7,24 +7,27 @@
 
 Each setting is trained once with each seed by `vitlinear train`, by a recipe of configs/ but for what the setting
 changes, the number of epochs and what follows `--`. A setting draws no random numbers of its own: with one seed all
-start from the same weights, and see the same images in the same order.
+of one architecture start from the same weights, and all see the same images in the same order.
 
 castling: does the auxiliary branch help castling_nano? The recipe is castling_nano_fashion_mnist.yaml.
 
     castling    with the branch, as the recipe ramps it
     plain       without
 
-walk: do walks of several steps help gkvit_nano? The recipe is gkvit_nano_fashion_mnist.yaml.
+walk: do walks of several steps help gkvit_nano, and under which construction? The recipe is
+gkvit_nano_fashion_mnist.yaml.
 
     walk        the default: softmax features of temperature 4, beta learned from 0.107
     walk045     the same, beta learned from 0.45
     beta0       the same, beta = 0: one step
     t1, t8      temperature 1 or 8, beta learned from 0.107
-    t1_beta0, t8_beta0
     elu         features elu + 1, beta learned from 0.107
-    elu_beta0
     spectral    signed weights, beta learned from 0.107
     spectral_beta0
+    shared      queries and keys share their anchors: one projection for both
+    shared_beta0
+    shallow     one block in each stage, beta learned from 0.45: do more steps stand in for more layers?
+    shallow_beta0
 
 A run appends a row to --out: top-1 of the last epoch (of the moving average, percent, in the precision of the
 training), its training loss, the seconds it took, and what belongs to the study. Of walks that is the mean of the
@@ -108,8 +111,9 @@ class Study:
     measure: Callable[[Path, str], Dict[str, str]]
 
 
-def attention(**kwargs: Any) -> Dict[str, Any]:
-    return dict(model_kwargs=dict(attn_kwargs=kwargs))
+def attention(depth: Optional[int] = None, **kwargs: Any) -> Dict[str, Any]:
+    depths = {} if depth is None else dict(depths=[depth] * STAGES)
+    return dict(model_kwargs=dict(attn_kwargs=kwargs, **depths))
 
 
 STUDIES = {
@@ -126,13 +130,14 @@ STUDIES = {
             walk045=attention(init_beta=.45),
             beta0=attention(init_beta=0.),
             t1=attention(init_temperature=1.),
-            t1_beta0=attention(init_temperature=1., init_beta=0.),
             t8=attention(init_temperature=8.),
-            t8_beta0=attention(init_temperature=8., init_beta=0.),
             elu=attention(features='elu'),
-            elu_beta0=attention(features='elu', init_beta=0.),
             spectral=attention(mode='spectral'),
             spectral_beta0=attention(mode='spectral', init_beta=0.),
+            shared=attention(shared_anchors=True),
+            shared_beta0=attention(shared_anchors=True, init_beta=0.),
+            shallow=attention(depth=1, init_beta=.45),
+            shallow_beta0=attention(depth=1, init_beta=0.),
         ),
         fields=tuple(f'beta_{i + 1}' for i in range(STAGES)),
         measure=learned_betas,

@@ -428,7 +428,7 @@ def test_saved_memory():
 
 VARIANTS = [
     {}, dict(init_beta=0.), dict(features='elu'), dict(features='elu', init_beta=0.), dict(mode='spectral'),
-    dict(mode='spectral', init_beta=0.), dict(qkv_bias=False)]
+    dict(mode='spectral', init_beta=0.), dict(qkv_bias=False), dict(shared_anchors=True)]
 
 
 def module_of(dim: int = 16, heads: int = 2, **kwargs) -> RandomWalkAttention:
@@ -450,8 +450,8 @@ def test_module(kwargs, H: int, W: int):
     module, x = module_of(**kwargs), randn(2, H, W, 16)
 
     def by_hand(x, *params):
-        q, k, v = (
-            u.unflatten(-1, (2, -1)).transpose(1, 2) for u in module.qkv(x).flatten(1, 2).chunk(3, dim=-1))
+        *q, k, v = (u.unflatten(-1, (2, -1)).transpose(1, 2) for u in module.qkv(x).flatten(1, 2).split(16, dim=-1))
+        q = q[0] if q else k
         beta = torch.zeros(2, **F64) if module.theta is None else .9 * module.theta.sigmoid()
         if kwargs.get('mode') == 'spectral':
             out = reference.spectral_walk_attention(q, k, v, beta)
@@ -481,6 +481,7 @@ def test_parameters():
     assert count(features='elu') == count(init_beta=0.) == count(mode='spectral') == weights + 2
     assert count(features='elu', init_beta=0.) == count(mode='spectral', init_beta=0.) == weights
     assert count(qkv_bias=False) == weights + 4 - 3 * 64
+    assert count(shared_anchors=True) == weights + 4 - (64 ** 2 + 64)
 
 
 def test_initial_values():

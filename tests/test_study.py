@@ -24,7 +24,7 @@ DATA = 'data'
 
 def small(name: str, num_classes: int = 10, **kwargs) -> nn.Module:
     torch.manual_seed(0)
-    return timm.create_model(name, num_classes=num_classes, in_chans=1, **SMALL, **kwargs)
+    return timm.create_model(name, num_classes=num_classes, in_chans=1, **{**SMALL, **kwargs})
 
 
 @pytest.fixture
@@ -67,16 +67,19 @@ def study(monkeypatch, tmp_path):
 
 
 def test_walk_settings(study):
-    """Each makes a model, no two the same layer, and all begin with the same projections."""
+    """Each makes a model, no two the same, and all of one architecture begin with the same projections."""
     settings = study.STUDIES['walk'].settings
     assert settings['walk'] == dict(model_kwargs=dict(attn_kwargs={}))
-    layers, weights = set(), []
+    models, weights = set(), {}
     for changes in settings.values():
-        layer = small('gkvit_nano', **changes['model_kwargs']).stages[1].blocks[1].attn
-        layers.add((layer.mode, layer.features, layer.init_beta, layer.init_temperature))
-        weights.append(layer.qkv.weight)
-    assert len(layers) == len(settings)
-    assert all(torch.equal(w, weights[0]) for w in weights)
+        model = small('gkvit_nano', **changes['model_kwargs'])
+        layer = model.stages[1].blocks[-1].attn
+        architecture = tuple(map(len, (stage.blocks for stage in model.stages))), layer.shared_anchors
+        models.add((*architecture, layer.mode, layer.features, layer.init_beta, layer.init_temperature))
+        weights.setdefault(architecture, []).append(layer.qkv.weight)
+    assert len(models) == len(settings) and sorted(map(len, weights.values())) == [2, 2, 8]
+    for own in weights.values():
+        assert all(torch.equal(w, own[0]) for w in own)
 
 
 def test_walk(study, capsys):

@@ -366,6 +366,7 @@ class RandomWalkAttention(nn.Module):
             features: Optional[str] = None,
             init_temperature: float = 4.,
             init_beta: float = 0.107,
+            shared_anchors: bool = False,
             qkv_bias: bool = True,
             device=None,
             dtype=None,
@@ -379,6 +380,8 @@ class RandomWalkAttention(nn.Module):
             init_temperature: Where the temperature of softmax features starts, learned for each head within 0.5 to 16.
             init_beta: Where beta starts, learned for each head between 0 and 0.9; at 0 it stays there, and attention is
                 one step.
+            shared_anchors: Whether queries and keys are one projection, so that a step between two positions has the
+                same edge in both directions.
             qkv_bias: Bias of the query, key and value projections.
 
         Raises:
@@ -400,7 +403,8 @@ class RandomWalkAttention(nn.Module):
         self.features = features
         self.init_temperature = init_temperature
         self.init_beta = init_beta
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.shared_anchors = shared_anchors
+        self.qkv = nn.Linear(dim, (2 if shared_anchors else 3) * dim, bias=qkv_bias, **dd)
         self.log_temperature = nn.Parameter(torch.empty(num_heads, **dd)) if features == 'softmax' else None
         self.theta = nn.Parameter(torch.empty(num_heads, **dd)) if init_beta > 0 else None
         self.register_buffer('fixed_beta', None)
@@ -458,7 +462,8 @@ class RandomWalkAttention(nn.Module):
             qkv = self.qkv(x)
         else:
             qkv = call_linear(self.qkv, x)
-        q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        qkv = qkv.reshape(B, H * W, -1, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        q, k, v = qkv[0], qkv[-2], qkv[-1]
         beta = self.beta()
         if not torch.jit.is_scripting():
             # where reading betas waits for nothing; on small maps the whole series takes longer than the sums
@@ -498,15 +503,16 @@ class RandomWalkAttention(nn.Module):
         rows = band_rows(H, 3 * W * C, BAND)
         bands = [x[i:i + rows].reshape(-1, C) for i in range(0, H, rows)]
         weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
-        qk_bias, v_bias = (None, None) if bias is None else bias.to(dtype).split([2 * C, C])
+        qk_bias, v_bias = (None, None) if bias is None else (bias[:-C].to(dtype), bias[-C:].to(dtype))
         with torch.autocast('cpu', enabled=False):
             beta, temperature = self.beta(), self.temperature()
             temperature = None if temperature is None else temperature.unsqueeze(1)
 
             def project(band: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
                 band = (band if norm is None else norm(band)).to(dtype)
-                p = linear(band, weight[:2 * C], qk_bias).view(-1, 2, heads, r)
-                return _features(_at_least_float32(p), temperature), linear(band, weight[2 * C:], v_bias)
+                p = linear(band, weight[:-C], qk_bias).view(len(band), -1, heads, r)
+                p = _features(_at_least_float32(p), temperature).expand(-1, 2, -1, -1)
+                return p, linear(band, weight[-C:], v_bias)
 
             parts, mean = [], 0
             for band in bands:
