@@ -19,7 +19,8 @@ The features have to be peaked, P = softmax(t x / rms(x)) over the r channels, w
 passes through. With elu + 1 S has nearly rank one: a second step leads to the mean of all values, whatever the query.
 
 The inverse is the series of its powers, by doubling: (I + B^64) ... (I + B^2)(I + B), which needs no solver, so it
-exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has the solve, and the graphs in full.
+exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has the solve, and the graphs in full. Where
+there are no more nodes than anchors, eager mode takes the N x N matrices of the edges themselves instead.
 """
 import math
 from typing import Optional, Tuple
