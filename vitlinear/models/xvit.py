@@ -54,6 +54,7 @@ from .._timm import (
 )
 from ..attention import XNormClassAttention, get_attention_layer
 from ..attention._common import InferenceCache, has_hooks, is_plain, use_bands
+from ..checkpoints.records import weights_cfg
 from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module
 from ._weights import fit, unwrap
 
@@ -698,7 +699,9 @@ default_cfgs = generate_default_cfgs({
     'xvit_small.untrained': _cfg(),
     'xvit_medium.untrained': _cfg(),
     'xvit_base.untrained': _cfg(),
-    'xvit_pyramid_nano.untrained': _pyramid_cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
+    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
+    'xvit_pyramid_nano.fashion_mnist': _pyramid_cfg(**weights_cfg('xvit_pyramid_nano.fashion_mnist')),
+    'xvit_pyramid_nano.untrained*': _pyramid_cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
     'xvit_pyramid_tiny.untrained': _pyramid_cfg(),
     'xvit_pyramid_small.untrained': _pyramid_cfg(),
     'xvit_pyramid_base.untrained': _pyramid_cfg(),
