@@ -147,10 +147,11 @@ def _shapes(record: Record) -> dict:
 
 
 def _summary(record: Record, family: Family) -> str:
-    article = 'An' if family.title[0] in 'AEIOU' else 'A'
+    title = family.title.partition(',')[0]
+    article = 'An' if title[0] in 'AEIOUX' else 'A'
     data = f' on {record.dataset.name}' if record.dataset else ''
     return (
-        f'{article} {family.title} image classification model with {short(record.parameters).replace(" ", "")} '
+        f'{article} {title} image classification model with {short(record.parameters).replace(" ", "")} '
         f'parameters and linear attention. Trained{data} by {record.provenance.trained_by}.')
 
 
