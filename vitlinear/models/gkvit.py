@@ -26,6 +26,7 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
 from .._timm import build_model
+from ..checkpoints.records import weights_cfg
 from ._pyramid import Pyramid
 from ._weights import fit, unwrap
 
@@ -116,7 +117,9 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
 
 
 default_cfgs = generate_default_cfgs({
-    'gkvit_nano.untrained': _cfg(),
+    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
+    'gkvit_nano.fashion_mnist': _cfg(**weights_cfg('gkvit_nano.fashion_mnist')),
+    'gkvit_nano.untrained*': _cfg(),
     'gkvit_tiny.untrained': _cfg(),
     'gkvit_small.untrained': _cfg(),
     'gkvit_base.untrained': _cfg(),
