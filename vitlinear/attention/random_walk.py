@@ -23,7 +23,7 @@ exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has th
 there are no more nodes than anchors, eager mode takes the N x N matrices of the edges themselves instead.
 """
 import math
-from typing import Optional, Tuple
+from typing import List, Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -239,7 +239,7 @@ class _Walk(torch.autograd.Function):
 
 
 def _norm_bound(gram: torch.Tensor, least: float = 1e-30) -> torch.Tensor:
-    """(B, heads, 1, 1) upper bound of the largest eigenvalue of Gram matrices, its Schatten norm of order 8.
+    """(..., 1, 1) upper bound of the largest eigenvalue of Gram matrices, its Schatten norm of order 8.
 
     At most r^(1/8) times that eigenvalue. Scaled by the trace first, so that the powers stay in range.
     """
@@ -248,6 +248,23 @@ def _norm_bound(gram: torch.Tensor, least: float = 1e-30) -> torch.Tensor:
     gram = gram @ gram
     gram = gram @ gram
     return trace * gram.square().sum(dim=(-2, -1), keepdim=True).clamp_min(least).pow(0.125)
+
+
+def _signed_series(
+        g_q: torch.Tensor,
+        g_k: torch.Tensor,
+        y: torch.Tensor,
+        beta: Optional[torch.Tensor],
+        nodes: int,
+        doublings: int,
+) -> torch.Tensor:
+    """What queries meet (..., r, e), from Gram matrices (..., r, r) of means, sums of values, and `nodes` = N M."""
+    c_q, c_k = _norm_bound(g_q), _norm_bound(g_k)
+    y = y * (c_q * c_k * nodes).rsqrt()
+    if beta is not None:
+        step = (beta.reshape(-1, 1, 1) * (g_k / c_k)) @ (g_q / c_q)
+        y = walk_series(step.flatten(0, -3), y.flatten(0, -3), doublings).view_as(y)
+    return y
 
 
 def _spectral(
@@ -260,13 +277,27 @@ def _spectral(
     dtype = v.dtype
     q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
     g_q, g_k = q.transpose(-2, -1) @ q / q.shape[2], k.transpose(-2, -1) @ k / k.shape[2]
-    c_q, c_k = _norm_bound(g_q), _norm_bound(g_k)
-    scale = (c_q * c_k * (q.shape[2] * k.shape[2])).rsqrt()
-    y = k.transpose(-2, -1) @ v
+    return (q @ _signed_series(g_q, g_k, k.transpose(-2, -1) @ v, beta, q.shape[2] * k.shape[2], doublings)).to(dtype)
+
+
+def _spectral_of_few(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        beta: Optional[torch.Tensor],
+        doublings: int,
+) -> torch.Tensor:
+    """The same from N x N matrices, those of queries having the eigenvalues of their Gram matrix; as `_walk_of_few`."""
+    dtype = v.dtype
+    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
+    N, M = q.shape[2], k.shape[2]
+    c_q, c_k = _norm_bound(q @ q.transpose(-2, -1) / N), _norm_bound(k @ k.transpose(-2, -1) / M)
+    edges = (q @ k.transpose(-2, -1)) * (c_q * c_k * (N * M)).rsqrt()
+    out = edges @ v
     if beta is not None:
-        step = (beta * (g_k / c_k)) @ (g_q / c_q)
-        y = walk_series(step.flatten(0, 1), y.flatten(0, 1), doublings).view_as(y)
-    return (q @ (y * scale)).to(dtype)
+        step = beta * (edges @ edges.transpose(-2, -1))
+        out = walk_series(step.flatten(0, 1), out.flatten(0, 1), doublings).view_as(out)
+    return out.to(dtype)
 
 
 def _random_walk_attention(
@@ -281,8 +312,12 @@ def _random_walk_attention(
 ) -> torch.Tensor:
     if beta is not None:
         beta = (beta if v.dtype == torch.float64 else beta.float()).reshape(-1, 1, 1)
+    # compilers and exporters, whose sizes are symbols, get one form for all
+    few = False
+    if not torch.jit.is_scripting():
+        few = is_eager() and q.shape[3] >= max(q.shape[2], k.shape[2])
     if mode == 'spectral':
-        return _spectral(q, k, v, beta, doublings)
+        return _spectral_of_few(q, k, v, beta, doublings) if few else _spectral(q, k, v, beta, doublings)
     if features == 'elu':
         temperature = None
     elif temperature is not None:
@@ -291,10 +326,9 @@ def _random_walk_attention(
         dtype = v.dtype
         q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
         return _walk(q, k, v, temperature, beta, doublings).to(dtype)
+    elif few:
+        return _walk_of_few(q, k, v, temperature, beta, doublings)
     else:
-        # compilers and exporters, whose sizes are symbols, get one form for all
-        if is_eager() and q.shape[3] >= max(q.shape[2], k.shape[2]):
-            return _walk_of_few(q, k, v, temperature, beta, doublings)
         return _Walk.apply(q, k, v, temperature, beta, doublings)
 
 
@@ -481,8 +515,7 @@ class RandomWalkAttention(nn.Module):
     @torch.jit.unused
     def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
         """`forward(x)`, or `x + forward(norm(x))`, for inference: large maps by image and in bands of rows."""
-        plain = is_plain(self.qkv) and is_plain(self.proj)
-        if self.mode != 'walk' or not plain or x.shape[1] * x.shape[2] < BANDS_FROM:
+        if not (is_plain(self.qkv) and is_plain(self.proj)) or x.shape[1] * x.shape[2] < BANDS_FROM:
             return self._forward(x) if norm is None else x + self._forward(norm(x))
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
         out = x.new_empty(x.shape, dtype=dtype if norm is None else torch.promote_types(x.dtype, dtype))
@@ -498,57 +531,92 @@ class RandomWalkAttention(nn.Module):
             dtype: torch.dtype,
             out: torch.Tensor,
     ) -> None:
-        """(H, W, C) into (H, W, C) in three passes over bands: features and their means; sums over tokens; outputs."""
+        """(H, W, C) into (H, W, C): passes over bands for the sums over tokens, and one for outputs."""
         H, W, C = x.shape
         heads, r = self.num_heads, self.head_dim
         rows = band_rows(H, 3 * W * C, BAND)
         bands = [x[i:i + rows].reshape(-1, C) for i in range(0, H, rows)]
-        weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
-        qk_bias, v_bias = (None, None) if bias is None else (bias[:-C].to(dtype), bias[-C:].to(dtype))
         with torch.autocast('cpu', enabled=False):
-            beta, temperature = self.beta(), self.temperature()
-            temperature = None if temperature is None else temperature.unsqueeze(1)
-
-            def project(band: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
-                band = (band if norm is None else norm(band)).to(dtype)
-                p = linear(band, weight[:-C], qk_bias).view(len(band), -1, heads, r)
-                p = _features(_at_least_float32(p), temperature).expand(-1, 2, -1, -1)
-                return p, linear(band, weight[-C:], v_bias)
-
-            parts, mean = [], 0
-            for band in bands:
-                part = project(band)
-                mean = mean + part[0].sum(dim=0) / (H * W)
-                parts.append(part if 2 * H * W * C <= KEPT else None)
-
-            other = mean.flip(0).clamp_min_(1e-30)  # each kind of node is weighed by the mean of the other
-            grams = mean.new_zeros(2 * heads, r, r)
-            y = mean.new_zeros(heads, r, r)
-            for i, part in enumerate(parts):
-                p, v = project(bands[i]) if part is None else part
-                v = _at_least_float32(v).view(-1, heads, r)
-                y.baddbmm_(p[:, 1].permute(1, 2, 0), v.transpose(0, 1))
-                kinds = 1 if beta is None else 2
-                edges = p[:, :kinds] * other[:kinds]
-                inverse = edges.sum(dim=-1, keepdim=True).clamp_min_(MIN_DEGREE).reciprocal_()
-                if beta is not None:
-                    weighted = p * inverse
-                    grams.baddbmm_(p.flatten(1, 2).permute(1, 2, 0), weighted.flatten(1, 2).transpose(0, 1))
-                # a distribution over anchors, which take means of values below: both within the range of float16
-                parts[i] = edges[:, 0].mul_(inverse[:, 0]).flatten(1).to(dtype)
-            y /= H * W
-            if beta is not None:
-                beta = beta.reshape(-1, 1, 1)
-                h_q, h_k = (grams / (H * W)).chunk(2)
-                y = _walks(((beta * h_k) @ h_q).unsqueeze(0), y.unsqueeze(0), beta, DOUBLINGS).squeeze(0)
-
+            band_queries, y = (self._walk_sums if self.mode == 'walk' else self._signed_sums)(bands, norm, dtype, H * W)
             # what is left sums over features, not over positions, so that half precision will do; one product for both
             proj = self.proj.weight.to(y.dtype).unflatten(1, (heads, r)).permute(1, 2, 0)
-            proj = (y / other[0].unsqueeze(-1) @ proj).flatten(0, 1).t().to(dtype).contiguous()
+            proj = (y @ proj).flatten(0, 1).t().to(dtype).contiguous()
             bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
-            for band, queries, band_out in zip(bands, parts, out.flatten(0, 1).split(rows * W)):
+            for band, queries, band_out in zip(bands, band_queries, out.flatten(0, 1).split(rows * W)):
                 z = linear(queries, proj, bias)
                 if norm is None:
                     band_out.copy_(z)
                 else:
                     torch.add(band, z, out=band_out)
+
+    @torch.jit.unused
+    def _walk_sums(
+            self,
+            bands: Sequence[torch.Tensor],
+            norm: Optional[nn.Module],
+            dtype: torch.dtype,
+            N: int,
+    ) -> Tuple[List[torch.Tensor], torch.Tensor]:
+        """Queries (n, C) of each band, and what they meet (heads, r, e): their features and means, then the sums."""
+        C, heads, r = self.qkv.in_features, self.num_heads, self.head_dim
+        weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
+        qk_bias, v_bias = (None, None) if bias is None else (bias[:-C].to(dtype), bias[-C:].to(dtype))
+        beta, temperature = self.beta(), self.temperature()
+        temperature = None if temperature is None else temperature.unsqueeze(1)
+
+        def project(band: torch.Tensor) -> Tuple[torch.Tensor, torch.Tensor]:
+            band = (band if norm is None else norm(band)).to(dtype)
+            p = linear(band, weight[:-C], qk_bias).view(len(band), -1, heads, r)
+            p = _features(_at_least_float32(p), temperature).expand(-1, 2, -1, -1)
+            return p, linear(band, weight[-C:], v_bias)
+
+        parts, mean = [], 0
+        for band in bands:
+            part = project(band)
+            mean = mean + part[0].sum(dim=0) / N
+            parts.append(part if 2 * N * C <= KEPT else None)
+
+        other = mean.flip(0).clamp_min_(1e-30)  # each kind of node is weighed by the mean of the other
+        grams = mean.new_zeros(2 * heads, r, r)
+        y = mean.new_zeros(heads, r, r)
+        for i, part in enumerate(parts):
+            p, v = project(bands[i]) if part is None else part
+            v = _at_least_float32(v).view(-1, heads, r)
+            y.baddbmm_(p[:, 1].permute(1, 2, 0), v.transpose(0, 1))
+            kinds = 1 if beta is None else 2
+            edges = p[:, :kinds] * other[:kinds]
+            inverse = edges.sum(dim=-1, keepdim=True).clamp_min_(MIN_DEGREE).reciprocal_()
+            if beta is not None:
+                weighted = p * inverse
+                grams.baddbmm_(p.flatten(1, 2).permute(1, 2, 0), weighted.flatten(1, 2).transpose(0, 1))
+            # a distribution over anchors, which take means of values below: both within the range of float16
+            parts[i] = edges[:, 0].mul_(inverse[:, 0]).flatten(1).to(dtype)
+        y /= N
+        if beta is not None:
+            beta = beta.reshape(-1, 1, 1)
+            h_q, h_k = (grams / N).chunk(2)
+            y = _walks(((beta * h_k) @ h_q).unsqueeze(0), y.unsqueeze(0), beta, DOUBLINGS).squeeze(0)
+        return parts, y / other[0].unsqueeze(-1)
+
+    @torch.jit.unused
+    def _signed_sums(
+            self,
+            bands: Sequence[torch.Tensor],
+            norm: Optional[nn.Module],
+            dtype: torch.dtype,
+            N: int,
+    ) -> Tuple[List[torch.Tensor], torch.Tensor]:
+        """The same of 'spectral', whose weights need no means: one pass."""
+        heads, r = self.num_heads, self.head_dim
+        weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
+        bias = None if bias is None else bias.to(dtype)
+        grams, y, queries = 0, 0, []
+        for band in bands:
+            qkv = linear((band if norm is None else norm(band)).to(dtype), weight, bias).view(len(band), -1, heads, r)
+            queries.append(qkv[:, 0].flatten(1).contiguous())
+            qkv = _at_least_float32(qkv).permute(1, 2, 0, 3)
+            q, k, v = qkv[0], qkv[-2], qkv[-1]
+            grams = grams + torch.cat([q.transpose(1, 2) @ q, k.transpose(1, 2) @ k])
+            y = y + k.transpose(1, 2) @ v
+        g_q, g_k = (grams / N).chunk(2)
+        return queries, _signed_series(g_q, g_k, y, self.beta(), N * N, DOUBLINGS)
