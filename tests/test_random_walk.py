@@ -144,6 +144,17 @@ def test_second_derivative_is_refused():
         grad.sum().backward()
 
 
+@pytest.mark.parametrize('beta', [None, .5])
+def test_both_signed_forms_agree(beta: Optional[float]):
+    """That of compilers, whose gradients are autograd's, and the one with a backward pass of its own."""
+    more = [] if beta is None else [torch.full((3, 1, 1), beta, **F64)]
+    own, plain = (
+        value_and_grads(lambda q, k, v, b=None, form=form: form(q, k, v, b, rw.DOUBLINGS), *inputs(12, 7), *more)
+        for form in (rw._Spectral.apply, rw._spectral))
+    for a, b in zip(own, plain, strict=True):
+        assert_close(a, b)
+
+
 # the series
 
 @pytest.mark.parametrize('doublings', [5, 6, 7, 10])
@@ -420,8 +431,11 @@ def test_saved_memory():
         lambda q, k, v, b, t: rw._walk(q, k, v, t, b, rw.DOUBLINGS), q, k, v, beta.detach().view(2, 1, 1),
         temperature.detach().view(2, 1, 1))
     assert plain > 2.5 * size
-    half = (x.detach().bfloat16().requires_grad_() for x in (q, k, v))
+    half = [x.detach().bfloat16().requires_grad_() for x in (q, k, v)]
     assert saved_bytes(random_walk_attention, *half, beta, temperature) < 1.7 * q.nbytes
+    for args, most in (((q, k, v), 3.2), (half, 1.7)):
+        assert saved_bytes(lambda *x: random_walk_attention(*x, beta, mode='spectral', features='signed'), *args) < \
+            most * q.nbytes
 
 
 # the module

@@ -280,6 +280,39 @@ def _spectral(
     return (q @ _signed_series(g_q, g_k, k.transpose(-2, -1) @ v, beta, q.shape[2] * k.shape[2], doublings)).to(dtype)
 
 
+class _Spectral(torch.autograd.Function):
+    """`_spectral` whose backward pass keeps q, k, v as they came and r x r sums, no copies of q, k, v in float32."""
+
+    @staticmethod
+    def forward(ctx, q, k, v, beta, doublings: int):
+        inputs = q, k, v
+        q, k, v = (_at_least_float32(x) for x in inputs)
+        sums = q.transpose(-2, -1) @ q / q.shape[2], k.transpose(-2, -1) @ k / k.shape[2], k.transpose(-2, -1) @ v
+        ctx.doublings = doublings
+        ctx.save_for_backward(*inputs, beta, *sums)
+        return (q @ _signed_series(*sums, beta, q.shape[2] * k.shape[2], doublings)).to(inputs[2].dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        with torch.autocast(device_type=grad.device.type, enabled=False):
+            return (*_Spectral._backward(grad, *ctx.saved_tensors, ctx.doublings), None)
+
+    @staticmethod
+    def _backward(grad, q, k, v, beta, g_q, g_k, z, doublings: int):
+        dtypes = q.dtype, k.dtype, v.dtype
+        q, k, v, grad = (_at_least_float32(x) for x in (q, k, v, grad))
+        N, M = q.shape[2], k.shape[2]
+        with torch.enable_grad():  # what lies between the sums and the queries is small
+            sums = [x.detach().requires_grad_() for x in (g_q, g_k, z, beta) if x is not None]
+            y = _signed_series(*sums[:3], None if beta is None else sums[3], N * M, doublings)
+            grad_gq, grad_gk, grad_z, *grad_beta = torch.autograd.grad(y, sums, q.transpose(-2, -1) @ grad)
+        grad_q = grad @ y.detach().transpose(-2, -1) + q @ ((grad_gq + grad_gq.transpose(-2, -1)) / N)
+        grad_k = v @ grad_z.transpose(-2, -1) + k @ ((grad_gk + grad_gk.transpose(-2, -1)) / M)
+        grads = (g.to(dtype) for g, dtype in zip((grad_q, grad_k, k @ grad_z), dtypes))
+        return (*grads, *(grad_beta or [None]))
+
+
 def _spectral_of_few(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -317,7 +350,12 @@ def _random_walk_attention(
     if not torch.jit.is_scripting():
         few = is_eager() and q.shape[3] >= max(q.shape[2], k.shape[2])
     if mode == 'spectral':
-        return _spectral_of_few(q, k, v, beta, doublings) if few else _spectral(q, k, v, beta, doublings)
+        if few:
+            return _spectral_of_few(q, k, v, beta, doublings)
+        if not torch.jit.is_scripting():
+            if is_eager():  # compilers cannot look into a backward pass that differentiates
+                return _Spectral.apply(q, k, v, beta, doublings)
+        return _spectral(q, k, v, beta, doublings)
     if features == 'elu':
         temperature = None
     elif temperature is not None:
