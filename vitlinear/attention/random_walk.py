@@ -144,17 +144,16 @@ def _walk_of_few(
         temperature: Optional[torch.Tensor],
         beta: Optional[torch.Tensor],
         doublings: int,
+        least: float = MIN_DEGREE,
 ) -> torch.Tensor:
     """The same where there are no more nodes on a side than anchors: S itself, and the series of N x N matrices."""
-    dtype = v.dtype
-    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
     edges = _features(q, temperature) @ _features(k, temperature).transpose(-2, -1)
-    to_keys = edges / edges.sum(dim=-1, keepdim=True).clamp_min(MIN_DEGREE * k.shape[2])
+    to_keys = edges / edges.sum(dim=-1, keepdim=True).clamp_min(least * k.shape[2])
     out = to_keys @ v
     if beta is not None:
-        to_queries = edges / edges.sum(dim=-2, keepdim=True).clamp_min(MIN_DEGREE * q.shape[2])
+        to_queries = edges / edges.sum(dim=-2, keepdim=True).clamp_min(least * q.shape[2])
         out = _walks(beta * (to_keys @ to_queries.transpose(-2, -1)), out, beta, doublings)
-    return out.to(dtype)
+    return out
 
 
 class _Walk(torch.autograd.Function):
@@ -267,6 +266,16 @@ def _signed_series(
     return y
 
 
+def _signed_products(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+) -> Tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Means over queries and over keys of their Gram matrices, and the sum of values."""
+    q_t, k_t = q.transpose(-2, -1), k.transpose(-2, -1)
+    return q_t @ q / q.shape[2], k_t @ k / k.shape[2], k_t @ v
+
+
 def _spectral(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -274,10 +283,8 @@ def _spectral(
         beta: Optional[torch.Tensor],
         doublings: int,
 ) -> torch.Tensor:
-    dtype = v.dtype
-    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
-    g_q, g_k = q.transpose(-2, -1) @ q / q.shape[2], k.transpose(-2, -1) @ k / k.shape[2]
-    return (q @ _signed_series(g_q, g_k, k.transpose(-2, -1) @ v, beta, q.shape[2] * k.shape[2], doublings)).to(dtype)
+    g_q, g_k, y = _signed_products(q, k, v)
+    return q @ _signed_series(g_q, g_k, y, beta, q.shape[2] * k.shape[2], doublings)
 
 
 class _Spectral(torch.autograd.Function):
@@ -287,7 +294,7 @@ class _Spectral(torch.autograd.Function):
     def forward(ctx, q, k, v, beta, doublings: int):
         inputs = q, k, v
         q, k, v = (_at_least_float32(x) for x in inputs)
-        sums = q.transpose(-2, -1) @ q / q.shape[2], k.transpose(-2, -1) @ k / k.shape[2], k.transpose(-2, -1) @ v
+        sums = _signed_products(q, k, v)
         ctx.doublings = doublings
         ctx.save_for_backward(*inputs, beta, *sums)
         return (q @ _signed_series(*sums, beta, q.shape[2] * k.shape[2], doublings)).to(inputs[2].dtype)
@@ -321,8 +328,6 @@ def _spectral_of_few(
         doublings: int,
 ) -> torch.Tensor:
     """The same from N x N matrices, those of queries having the eigenvalues of their Gram matrix; as `_walk_of_few`."""
-    dtype = v.dtype
-    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
     N, M = q.shape[2], k.shape[2]
     c_q, c_k = _norm_bound(q @ q.transpose(-2, -1) / N), _norm_bound(k @ k.transpose(-2, -1) / M)
     edges = (q @ k.transpose(-2, -1)) * (c_q * c_k * (N * M)).rsqrt()
@@ -330,7 +335,7 @@ def _spectral_of_few(
     if beta is not None:
         step = beta * (edges @ edges.transpose(-2, -1))
         out = walk_series(step.flatten(0, 1), out.flatten(0, 1), doublings).view_as(out)
-    return out.to(dtype)
+    return out
 
 
 def _random_walk_attention(
@@ -345,29 +350,27 @@ def _random_walk_attention(
 ) -> torch.Tensor:
     if beta is not None:
         beta = (beta if v.dtype == torch.float64 else beta.float()).reshape(-1, 1, 1)
-    # compilers and exporters, whose sizes are symbols, get one form for all
+    if features == 'softmax' and temperature is not None:
+        temperature = (temperature if v.dtype == torch.float64 else temperature.float()).reshape(-1, 1, 1)
+    else:
+        temperature = None
     few = False
     if not torch.jit.is_scripting():
+        # compilers and exporters, whose sizes are symbols, get one form for all
         few = is_eager() and q.shape[3] >= max(q.shape[2], k.shape[2])
+        if mode == 'walk' and not few:
+            return _Walk.apply(q, k, v, temperature, beta, doublings)
+        if is_eager() and not few:  # compilers cannot look into a backward pass that differentiates
+            return _Spectral.apply(q, k, v, beta, doublings)
+    dtype = v.dtype
+    q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
     if mode == 'spectral':
-        if few:
-            return _spectral_of_few(q, k, v, beta, doublings)
-        if not torch.jit.is_scripting():
-            if is_eager():  # compilers cannot look into a backward pass that differentiates
-                return _Spectral.apply(q, k, v, beta, doublings)
-        return _spectral(q, k, v, beta, doublings)
-    if features == 'elu':
-        temperature = None
-    elif temperature is not None:
-        temperature = (temperature if v.dtype == torch.float64 else temperature.float()).reshape(-1, 1, 1)
-    if torch.jit.is_scripting():
-        dtype = v.dtype
-        q, k, v = _at_least_float32(q), _at_least_float32(k), _at_least_float32(v)
-        return _walk(q, k, v, temperature, beta, doublings).to(dtype)
+        out = _spectral_of_few(q, k, v, beta, doublings) if few else _spectral(q, k, v, beta, doublings)
     elif few:
-        return _walk_of_few(q, k, v, temperature, beta, doublings)
+        out = _walk_of_few(q, k, v, temperature, beta, doublings)
     else:
-        return _Walk.apply(q, k, v, temperature, beta, doublings)
+        out = _walk(q, k, v, temperature, beta, doublings)
+    return out.to(dtype)
 
 
 def _check_options(mode: str, features: str, doublings: int) -> None:
