@@ -2,7 +2,8 @@
 import copy
 import logging
 import pickle
-from typing import Tuple
+import re
+from typing import Callable, Tuple
 
 import pytest
 import timm
@@ -433,6 +434,46 @@ def test_inference_mlp(monkeypatch, band: int):
             torch.testing.assert_close(out, mlp(u).detach(), rtol=1e-12, atol=1e-12)
             assert torch.equal(u, before)
     assert len(bands) == 10  # inference alone
+
+
+@pytest.mark.parametrize('band', [1, 3000, 2 ** 21])
+@pytest.mark.parametrize('layer', [_pyramid.ConvMlp, _pyramid.Mlp])
+def test_inference_mlp_over_its_input(monkeypatch, layer: Callable[..., nn.Module], band: int):
+    """Rows that are context of the next band are read before they are overwritten."""
+    monkeypatch.setattr(_pyramid, 'MLP_BAND', band)
+    torch.manual_seed(0)
+    mlp, norm = layer(6, 24).double().eval(), nn.LayerNorm(6).double()
+    for shape in ((1, 37, 11, 6), (3, 8, 50, 6), (2, 1, 40, 6), (2, 40, 1, 6), (1, 1, 1, 6)):
+        x = torch.randn(shape, dtype=torch.float64)
+        expected = (x + mlp(norm(x))).detach()
+        with torch.no_grad():
+            assert mlp.in_bands(x, norm, x) is x
+        torch.testing.assert_close(x, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize('stem', [True, False])
+@pytest.mark.parametrize('where', ['', 'patch_embed', 'stages', r'stages.\d', r'stages.\d.blocks.\d', '.*norm.*', '.*'])
+@pytest.mark.parametrize('backbone', FAMILIES)
+def test_inference_overwrites_nothing_that_others_hold(backbone: str, where: str, stem: bool):
+    """Neither images nor what hooks have been given."""
+    model, x = create(backbone, depths=(2, 2, 2, 2)).eval(), images(1, 3, 64, 64)
+    if not stem:
+        model.in_chans = model.stages[0].blocks[0].norm1.weight.numel()
+        model.patch_embed = nn.Identity()
+        x = images(1, model.in_chans, 16, 16).contiguous(memory_format=torch.channels_last)
+    before, expected = x.clone(), model(x).detach()
+    held = []
+
+    def hold(module, args, output):
+        held.extend((t, t.clone()) for t in (*args, output) if isinstance(t, torch.Tensor))
+
+    for name, module in model.named_modules():
+        if re.fullmatch(where, name):
+            module.register_forward_hook(hold)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+    assert held
+    assert all(torch.equal(a, b) for a, b in [*held, (x, before)])
 
 
 @pytest.mark.parametrize('size', [(1, 1), (1, 5), (2, 1), (2, 2), (7, 2), (3, 3)])

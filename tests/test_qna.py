@@ -193,6 +193,9 @@ def test_bands(B, H, W, k, stride, band, normed):
     with pytest.MonkeyPatch.context() as m, torch.no_grad():
         m.setattr(qna, 'BAND', band)
         assert_close(module.in_bands(x, norm), expected)
+        if norm is not None:
+            copy = x.clone()
+            assert_close(module.in_bands(copy, norm, copy), expected)
 
 
 @pytest.mark.parametrize('impl', IMPLS)

@@ -541,6 +541,8 @@ def test_inference_in_bands(monkeypatch, kwargs, band: int, kept: int):
                     assert_close(module(x), expected[0])
                     assert_close(module.in_bands(x, norm), expected[1])
             assert torch.equal(x, before)
+            with torch.no_grad():
+                assert_close(module.in_bands(x, norm, x), expected[1])
 
 
 @pytest.mark.parametrize('dtype, error', [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float16, 4e-3)])

@@ -161,6 +161,9 @@ def test_bands(B, H, W, band, fold_from, normed):
         m.setattr(xnorm, 'BAND', band)
         m.setattr(xnorm, 'FOLD_FROM', fold_from)
         assert_close(module.in_bands(x, norm), expected)
+        if norm is not None:
+            copy = x.clone()
+            assert_close(module.in_bands(copy, norm, copy), expected)
     assert torch.equal(x, before)
 
 

@@ -1,7 +1,7 @@
 """What several mechanisms need."""
 import math
 from functools import partial
-from typing import Any, Callable, Optional, Sequence, Type
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Type, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,8 @@ from torch import nn
 # Multiplications of a float32 product below which a call of oneDNN takes longer than the product does without it.
 # Measured on one core: 49 x 64 by 64 x 64 takes 9 us, in oneDNN 23; 196 x 64 by 64 x 192 takes 53 and 45.
 ONEDNN_FROM = 2 ** 20
+
+_T = TypeVar('_T')
 
 
 def lecun_normal_(weight: torch.Tensor) -> None:
@@ -269,6 +271,17 @@ def band_rows(rows: int, row_elements: int, band_elements: int, least: int = 1) 
     """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of `band_elements` at most."""
     bands = -(-rows * row_elements // band_elements)
     return max(least, -(-rows // bands))
+
+
+def one_ahead(items: Iterable[_T]) -> Iterator[_T]:
+    """The items, each when the next one has been computed, so that its user may overwrite what both are made from."""
+    before = None
+    for item in items:
+        if before is not None:
+            yield before
+        before = item
+    if before is not None:
+        yield before
 
 
 def split_heads(x: torch.Tensor, num_heads: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ Heads are the last axis throughout, (d, heads) and not (heads, d): a score, whic
 head, then runs along memory.
 """
 import math
-from typing import Callable, List, Optional, Tuple
+from typing import Callable, Iterator, List, Optional, Tuple
 
 import torch
 import torch.nn as nn
@@ -33,6 +33,7 @@ from ._common import (
     is_eager,
     is_plain,
     linear,
+    one_ahead,
     pointwise,
     use_bands,
 )
@@ -496,8 +497,19 @@ class QnAAttention(nn.Module):
         return self.proj(x.transpose(3, 4).flatten(3))
 
     @torch.jit.unused
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference."""
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+
+        Args:
+            x: Map (B, H, W, C).
+            norm: Norm in front of the layer, with which the map itself is added to the result.
+            out: Where the result may be put, `x` itself with a norm, or None.
+        """
         if not self._is_plain():
             return self._by_layers(x) if norm is None else x + self._by_layers(norm(x))
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
@@ -513,7 +525,7 @@ class QnAAttention(nn.Module):
         with torch.autocast('cpu', enabled=False):
             return _in_bands(
                 self, x, norm, kernel, lambda y: linear(y.to(dtype), weight, bias),
-                lambda y: linear(y, proj, proj_bias))
+                lambda y: linear(y, proj, proj_bias), out)
 
     @torch.jit.ignore
     @torch.no_grad()
@@ -533,6 +545,7 @@ def _in_bands(
         kernel: torch.Tensor,
         project: Callable[[torch.Tensor], torch.Tensor],
         output: Callable[[torch.Tensor], torch.Tensor],
+        out: Optional[torch.Tensor],
 ) -> torch.Tensor:
     """Attention of `layer` to a map (B, H, W, C), or that of the normed map and the map itself, in bands of rows."""
     B, H, W, _ = x.shape
@@ -541,28 +554,31 @@ def _in_bands(
     row = W * s * kernel.shape[0] * kernel.element_size()
     images = max(1, BAND // (Ho * row))
     rows = band_rows(Ho, row, BAND, least=2 * p)
-    out = None
-    for b in range(0, B, images):
-        for i in range(0, Ho, rows):
-            # inside the map a band brings its own context, at its edge one row of windows too many is taken
-            last = min(i + rows, Ho)
-            inside = i * s >= p and (last - 1) * s + p < H
-            skip = 0 if inside else min(i, -(-p // s))
-            top = i * s - p if inside else (i - skip) * s
-            band = x[b:b + images, top:(last - 1) * s + p + 1]
-            y = project(band if norm is None else norm(band))
-            y = _attend(
-                y, kernel, layer.rel_pos_bias, layer.attn_scale, layer.num_queries, layer.num_heads, s, layer.impl,
-                layer.scale, pad_rows=0 if inside else p)
-            y = output(y[:, skip:skip + last - i].flatten(3))
-            if norm is None:
-                out = y.new_empty(B, Ho, Wo, y.shape[3]) if out is None else out
-                out[b:b + images, i:last] = y
-            else:
-                band = x[b:b + images, i:last]
-                if out is None:
-                    out = x.new_empty(x.shape, dtype=torch.result_type(x, y))
-                torch.add(band, y, out=out[b:b + images, i:last])
+
+    def bands() -> Iterator[Tuple[Tuple[slice, slice], torch.Tensor, int, int]]:
+        for b in range(0, B, images):
+            for i in range(0, Ho, rows):
+                # inside the map a band brings its own context, at its edge one row of windows too many is taken
+                last = min(i + rows, Ho)
+                inside = i * s >= p and (last - 1) * s + p < H
+                skip = 0 if inside else min(i, -(-p // s))
+                top = i * s - p if inside else (i - skip) * s
+                band = x[b:b + images, top:(last - 1) * s + p + 1]
+                where = slice(b, b + images), slice(i, last)
+                yield where, band if norm is None else norm(band), skip, 0 if inside else p
+
+    for where, band, skip, pad_rows in one_ahead(bands()) if out is x else bands():
+        y = _attend(
+            project(band), kernel, layer.rel_pos_bias, layer.attn_scale, layer.num_queries, layer.num_heads, s,
+            layer.impl, layer.scale, pad_rows=pad_rows)
+        i = where[1]
+        y = output(y[:, skip:skip + i.stop - i.start].flatten(3))
+        if norm is None:
+            out = y.new_empty(B, Ho, Wo, y.shape[3]) if out is None else out
+            out[where] = y
+        else:
+            out = x.new_empty(x.shape, dtype=torch.result_type(x, y)) if out is None else out
+            torch.add(x[where], y, out=out[where])
     return out
 
 
@@ -611,12 +627,23 @@ class FoldedQnAAttention(nn.Module):
         return self.proj(x)
 
     @torch.jit.unused
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference."""
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+
+        Args:
+            x: Map (B, H, W, C).
+            norm: Norm in front of the layer, with which the map itself is added to the result.
+            out: Where the result may be put, `x` itself with a norm, or None.
+        """
         if torch.is_autocast_enabled('cpu'):
             return self._forward(x) if norm is None else x + self._forward(norm(x))
         return _in_bands(
-            self, x, norm, self.kernel, lambda y: pointwise(y, self.joint), lambda y: pointwise(y, self.proj))
+            self, x, norm, self.kernel, lambda y: pointwise(y, self.joint), lambda y: pointwise(y, self.proj), out)
 
 
 def _linear(weight: torch.Tensor, bias: Optional[torch.Tensor]) -> nn.Linear:

@@ -23,7 +23,7 @@ exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has th
 there are no more nodes than anchors, eager mode takes the N x N matrices of the edges themselves instead.
 """
 import math
-from typing import List, Optional, Sequence, Tuple
+from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
@@ -554,12 +554,24 @@ class RandomWalkAttention(nn.Module):
             return call_linear(self.proj, x)
 
     @torch.jit.unused
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, for inference: large maps by image and in bands of rows."""
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for inference: large maps by image and in bands of rows.
+
+        Args:
+            x: Map (B, H, W, C).
+            norm: Norm in front of the layer, with which the map itself is added to the result.
+            out: Where the result may be put, `x` itself with a norm, or None.
+        """
         if not (is_plain(self.qkv) and is_plain(self.proj)) or x.shape[1] * x.shape[2] < BANDS_FROM:
             return self._forward(x) if norm is None else x + self._forward(norm(x))
         dtype = torch.get_autocast_dtype('cpu') if torch.is_autocast_enabled('cpu') else x.dtype
-        out = x.new_empty(x.shape, dtype=dtype if norm is None else torch.promote_types(x.dtype, dtype))
+        if out is None or not out.is_contiguous():
+            out = x.new_empty(x.shape, dtype=dtype if norm is None else torch.promote_types(x.dtype, dtype))
         for image, image_out in zip(x, out):
             self._image_in_bands(image, norm, dtype, image_out)
         return out
@@ -578,13 +590,16 @@ class RandomWalkAttention(nn.Module):
         rows = band_rows(H, 3 * W * C, BAND)
         bands = [x[i:i + rows].reshape(-1, C) for i in range(0, H, rows)]
         with torch.autocast('cpu', enabled=False):
-            band_queries, y = (self._walk_sums if self.mode == 'walk' else self._signed_sums)(bands, norm, dtype, H * W)
+            queries = x.new_empty(H * W, C, dtype=dtype)  # one block: many small ones would stay with the allocator
+            band_queries = queries.split(rows * W)
+            sums = self._walk_sums if self.mode == 'walk' else self._signed_sums
+            y = sums(bands, norm, band_queries, H * W)
             # what is left sums over features, not over positions, so that half precision will do; one product for both
             proj = self.proj.weight.to(y.dtype).unflatten(1, (heads, r)).permute(1, 2, 0)
             proj = (y @ proj).flatten(0, 1).t().to(dtype).contiguous()
             bias = None if self.proj.bias is None else self.proj.bias.to(dtype)
-            for band, queries, band_out in zip(bands, band_queries, out.flatten(0, 1).split(rows * W)):
-                z = linear(queries, proj, bias)
+            for band, q, band_out in zip(bands, band_queries, out.flatten(0, 1).split(rows * W)):
+                z = linear(q, proj, bias)
                 if norm is None:
                     band_out.copy_(z)
                 else:
@@ -595,11 +610,11 @@ class RandomWalkAttention(nn.Module):
             self,
             bands: Sequence[torch.Tensor],
             norm: Optional[nn.Module],
-            dtype: torch.dtype,
+            queries: Sequence[torch.Tensor],
             N: int,
-    ) -> Tuple[List[torch.Tensor], torch.Tensor]:
-        """Queries (n, C) of each band, and what they meet (heads, r, e): their features and means, then the sums."""
-        C, heads, r = self.qkv.in_features, self.num_heads, self.head_dim
+    ) -> torch.Tensor:
+        """What queries meet (heads, r, e): features and means, then the sums. Puts queries (n, C) into `queries`."""
+        C, heads, r, dtype = self.qkv.in_features, self.num_heads, self.head_dim, queries[0].dtype
         weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
         qk_bias, v_bias = (None, None) if bias is None else (bias[:-C].to(dtype), bias[-C:].to(dtype))
         beta, temperature = self.beta(), self.temperature()
@@ -631,33 +646,34 @@ class RandomWalkAttention(nn.Module):
                 weighted = p * inverse
                 grams.baddbmm_(p.flatten(1, 2).permute(1, 2, 0), weighted.flatten(1, 2).transpose(0, 1))
             # a distribution over anchors, which take means of values below: both within the range of float16
-            parts[i] = edges[:, 0].mul_(inverse[:, 0]).flatten(1).to(dtype)
+            torch.mul(edges[:, 0], inverse[:, 0], out=queries[i].view(-1, heads, r))
+            parts[i] = None
         y /= N
         if beta is not None:
             beta = beta.reshape(-1, 1, 1)
             h_q, h_k = (grams / N).chunk(2)
             y = _walks(((beta * h_k) @ h_q).unsqueeze(0), y.unsqueeze(0), beta, DOUBLINGS).squeeze(0)
-        return parts, y / other[0].unsqueeze(-1)
+        return y / other[0].unsqueeze(-1)
 
     @torch.jit.unused
     def _signed_sums(
             self,
             bands: Sequence[torch.Tensor],
             norm: Optional[nn.Module],
-            dtype: torch.dtype,
+            queries: Sequence[torch.Tensor],
             N: int,
-    ) -> Tuple[List[torch.Tensor], torch.Tensor]:
+    ) -> torch.Tensor:
         """The same of 'spectral', whose weights need no means: one pass."""
-        heads, r = self.num_heads, self.head_dim
+        heads, r, dtype = self.num_heads, self.head_dim, queries[0].dtype
         weight, bias = self.qkv.weight.to(dtype), self.qkv.bias
         bias = None if bias is None else bias.to(dtype)
-        grams, y, queries = 0, 0, []
-        for band in bands:
+        grams, y = 0, 0
+        for band, band_queries in zip(bands, queries):
             qkv = linear((band if norm is None else norm(band)).to(dtype), weight, bias).view(len(band), -1, heads, r)
-            queries.append(qkv[:, 0].flatten(1).contiguous())
+            band_queries.view(-1, heads, r).copy_(qkv[:, 0])
             qkv = _at_least_float32(qkv).permute(1, 2, 0, 3)
             q, k, v = qkv[0], qkv[-2], qkv[-1]
             grams = grams + torch.cat([q.transpose(1, 2) @ q, k.transpose(1, 2) @ k])
             y = y + k.transpose(1, 2) @ v
         g_q, g_k = (grams / N).chunk(2)
-        return queries, _signed_series(g_q, g_k, y, self.beta(), N * N, DOUBLINGS)
+        return _signed_series(g_q, g_k, y, self.beta(), N * N, DOUBLINGS)

@@ -246,14 +246,24 @@ class XNormAttention(nn.Module):
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, self.attn_dim)))
 
     @torch.jit.unused
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference."""
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+
+        Args:
+            x: Map (B, H, W, C).
+            norm: Norm in front of the layer, with which the map itself is added to the result.
+            out: Where the result may be put, `x` itself with a norm, or None.
+        """
         if not is_plain(self.qkv) or not is_plain(self.proj) or torch.is_autocast_enabled('cpu'):
             return self._forward(x) if norm is None else x + self._forward(norm(x))
         B, H, W, C = x.shape
         width = max(C, 3 * self.attn_dim)
         wide = torch.promote_types(x.dtype, torch.float32)
-        out = None
         if H * W < FOLD_FROM:
             images = max(1, BAND // (H * W * width))
             for b in range(0, B, images):

@@ -25,6 +25,7 @@ from ..attention._common import (
     has_hooks,
     is_eager,
     is_plain,
+    one_ahead,
     packed_weight,
     plain_gelu,
     pointwise,
@@ -63,6 +64,7 @@ def _residual_in_bands(
         branch: Callable[[torch.Tensor, int, int], torch.Tensor],
         hidden_dim: int,
         context: int = 0,
+        out: Optional[torch.Tensor] = None,
 ) -> torch.Tensor:
     """`branch(x)`, or `x + branch(norm(x))`, for some images or some rows at a time, for inference.
 
@@ -72,23 +74,28 @@ def _residual_in_bands(
         branch: Takes a band of rows and how many of its first and last ones are context, which it leaves out.
         hidden_dim: Largest number of channels in the branch.
         context: Rows that the branch needs on either side of a band.
+        out: Where to put the result; may be `x` if there is a norm.
     """
     B, H, W, _ = x.shape
     images = max(1, MLP_BAND // (H * W * hidden_dim))
     rows = band_rows(H, W * hidden_dim, MLP_BAND, least=8)
-    out = None
-    for b in range(0, B, images):
-        for i in range(0, H, rows):
-            above, below = min(i, context), max(0, min(context, H - i - rows))
-            band = x[b:b + images, i - above:i + rows + below]
-            y = branch(band if norm is None else norm(band), above, below)
-            band = band[:, above:above + rows]
-            if out is None:
-                out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(band, y))
-            if norm is None:
-                out[b:b + images, i:i + rows] = y
-            else:
-                torch.add(band, y, out=out[b:b + images, i:i + rows])
+
+    def bands() -> Iterator[Tuple[Tuple[slice, slice], torch.Tensor, int, int]]:
+        for b in range(0, B, images):
+            for i in range(0, H, rows):
+                above, below = min(i, context), max(0, min(context, H - i - rows))
+                band = x[b:b + images, i - above:i + rows + below]
+                where = slice(b, b + images), slice(i, i + rows)
+                yield where, band if norm is None else norm(band), above, below
+
+    for where, band, above, below in one_ahead(bands()) if out is x else bands():
+        y = branch(band, above, below)
+        if out is None:
+            out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(x, y))
+        if norm is None:
+            out[where] = y
+        else:
+            torch.add(x[where], y, out=out[where])
     return out
 
 
@@ -104,9 +111,14 @@ class Mlp(_Mlp):
         return self.drop2(self.fc2(self.norm(x)))
 
     @torch.jit.unused
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, in bands."""
-        return _residual_in_bands(x, norm, self._band, self.fc1.out_features)
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, in bands; see `residual` for `out`."""
+        return _residual_in_bands(x, norm, self._band, self.fc1.out_features, out=out)
 
     @torch.jit.unused
     def _band(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
@@ -165,9 +177,17 @@ class ConvMlp(nn.Module):
             return self.dwconv(F.pad(x, (0, max(0, 3 - W), 0, max(0, 3 - H))))[:, :, :H, :W]
         return self.dwconv(x)
 
-    def in_bands(self, x: torch.Tensor, norm: Optional[nn.Module] = None) -> torch.Tensor:
-        """`forward(x)`, or `x + forward(norm(x))`, in bands with one more row on either side for the convolution."""
-        return _residual_in_bands(x, norm, self._band, self.hidden_dim, context=1)
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, in bands with one more row on either side for the convolution.
+
+        See `residual` for `out`.
+        """
+        return _residual_in_bands(x, norm, self._band, self.hidden_dim, context=1, out=out)
 
     def _band(self, x: torch.Tensor, above: int, below: int) -> torch.Tensor:
         x = pointwise(x, self.fc1)
@@ -188,12 +208,30 @@ class ConvMlp(nn.Module):
         return self.act(self.dwconv(x)[:, :, rows].permute(0, 2, 3, 1))
 
 
-def residual(x: torch.Tensor, norm: nn.Module, branch: nn.Module, drop_path: nn.Module) -> torch.Tensor:
-    """`x + drop_path(branch(norm(x)))` in eager mode: in bands, where that is possible and pays."""
-    if not branch.training and hasattr(branch, 'in_bands') and use_bands(x):
-        if not has_hooks(norm) and not has_hooks(branch):
-            return branch.in_bands(x, norm)
-    return x + drop_path(branch(norm(x)))
+def residual(
+        x: torch.Tensor,
+        norm: nn.Module,
+        branch: nn.Module,
+        drop_path: nn.Module,
+        overwrite: bool = False,
+) -> torch.Tensor:
+    """`x + drop_path(branch(norm(x)))` in eager mode: in bands, where that is possible and pays.
+
+    Args:
+        x: Map (B, H, W, C).
+        norm: Norm in front of the branch.
+        branch: Attention or MLP. One that works in bands has `in_bands(x, norm, out)`, `out` being where to put the
+            result, None or `x` itself.
+        drop_path: Stochastic depth of the branch.
+        overwrite: Nobody needs `x` afterwards: in inference on a CPU the result may take its place.
+    """
+    if branch.training or not use_bands(x) or has_hooks(norm) or has_hooks(branch):
+        return x + drop_path(branch(norm(x)))
+    overwrite = overwrite and isinstance(norm, nn.LayerNorm)  # the result of others may share the memory of x
+    if hasattr(branch, 'in_bands'):
+        return branch.in_bands(x, norm, x if overwrite else None)
+    y = drop_path(branch(norm(x)))
+    return x.add_(y) if overwrite and torch.result_type(x, y) == x.dtype else x + y
 
 
 class Block(nn.Module):
@@ -226,9 +264,42 @@ class Block(nn.Module):
             x = x + self.drop_path1(self.attn(self.norm1(x)))
             x = x + self.drop_path2(self.mlp(self.norm2(x)))
         else:
-            x = residual(x, self.norm1, self.attn, self.drop_path1)
-            x = residual(x, self.norm2, self.mlp, self.drop_path2)
+            x = self.run(x)
         return x
+
+    @torch.jit.unused
+    def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """`forward(x)`, which may write over `x` if `overwrite`."""
+        x = residual(x, self.norm1, self.attn, self.drop_path1, overwrite)
+        return residual(x, self.norm2, self.mlp, self.drop_path2, overwrite=True)
+
+
+def is_new(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> bool:
+    """Whether nobody but the caller can see `y = module(x)`, in inference on a CPU."""
+    if not use_bands(x) or any(has_hooks(m) for m in module.modules()):
+        return False
+    return y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+
+
+def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpointing: bool, overwrite: bool) -> torch.Tensor:
+    """The blocks of a stage one after the other; in inference one may write over what the one before it returned.
+
+    Args:
+        blocks: Modules from (B, H, W, C) to (B, H, W, C).
+        x: Map (B, H, W, C).
+        grad_checkpointing: Keep the inputs of blocks alone for the backward pass.
+        overwrite: Nobody needs `x` afterwards.
+    """
+    for block in blocks:
+        is_hidden = type(block) is Block and not has_hooks(block)
+        if grad_checkpointing:
+            x = checkpoint(block, x)
+        elif overwrite and is_hidden and use_bands(x):
+            x = block.run(x, overwrite=True)
+        else:
+            x = block(x)
+        overwrite = is_hidden
+    return x
 
 
 class PatchEmbed(nn.Module):
@@ -292,12 +363,19 @@ class PyramidStage(nn.Module):
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            return self.run(x)
         x = self.downsample(x).permute(0, 2, 3, 1)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            x = block(x)
+        return self.norm(x).permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """`forward(x)`, which may write over `x` if `overwrite`."""
+        y = self.downsample(x)
+        overwrite = overwrite or is_new(self.downsample, x, y)
+        x = run_blocks(self.blocks, y.permute(0, 2, 3, 1), self.grad_checkpointing, overwrite)
         return self.norm(x).permute(0, 3, 1, 2)
 
 
@@ -606,7 +684,20 @@ class HierarchicalModel(nn.Module):
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
         check_input(x, self.in_chans)
+        if not torch.jit.is_scripting():
+            if use_bands(x) and not has_hooks(self.stages):
+                return self._forward_norm(self._run_stages(x))
         return self._forward_norm(self.stages(self.patch_embed(x)))
+
+    @torch.jit.unused
+    def _run_stages(self, images: torch.Tensor) -> torch.Tensor:
+        """Stem and stages in inference: no map is kept for longer than the next stage takes."""
+        x = self.patch_embed(images)
+        overwrite = is_new(self.patch_embed, images, x)
+        for stage in self.stages:
+            x = stage(x) if has_hooks(stage) or not hasattr(stage, 'run') else stage.run(x, overwrite)
+            overwrite = False
+        return x
 
     def _forward_norm(self, x: torch.Tensor) -> torch.Tensor:
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)

@@ -27,12 +27,12 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 
-from .._timm import build_model, checkpoint, register_notrace_module
+from .._timm import build_model, register_notrace_module
 from ..attention import QnAAttention, WindowAttention, get_attention_layer
 from ..attention._common import init_lecun_
 from ..attention.window import resize_relative_position_bias_table
 from ..checkpoints.records import weights_cfg
-from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, residual
+from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, is_new, residual, run_blocks
 from ._weights import fit, not_a_checkpoint_of, unwrap
 
 __all__ = ['QnAVisionTransformer']
@@ -109,7 +109,7 @@ class Downsample(nn.Module):
         if torch.jit.is_scripting():
             return x + self.drop_path2(self.mlp(self.norm2(x)))
         else:
-            return residual(x, self.norm2, self.mlp, self.drop_path2)
+            return residual(x, self.norm2, self.mlp, self.drop_path2, overwrite=True)
 
 
 class QnAStage(nn.Module):
@@ -122,13 +122,19 @@ class QnAStage(nn.Module):
         self.blocks = nn.ModuleList(blocks)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not torch.jit.is_scripting():
+            return self.run(x)
         x = self.downsample(x.permute(0, 2, 3, 1))
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
-                x = checkpoint(block, x)
-            else:
-                x = block(x)
+            x = block(x)
         return x.permute(0, 3, 1, 2)
+
+    @torch.jit.unused
+    def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
+        """`forward(x)`, which may write over `x` if `overwrite`."""
+        y = self.downsample(x.permute(0, 2, 3, 1))
+        overwrite = overwrite or is_new(self.downsample, x, y)
+        return run_blocks(self.blocks, y, self.grad_checkpointing, overwrite).permute(0, 3, 1, 2)
 
 
 class QnAVisionTransformer(HierarchicalModel):
