@@ -11,7 +11,7 @@ import torch
 
 from vitlinear import cli, info
 from vitlinear._script import UsageError
-from vitlinear.bench import child, command, report, rows, steps, workers
+from vitlinear.bench import child, command, profile, report, rows, steps, workers
 
 MODELS = '''
 import os, signal, time
@@ -129,6 +129,33 @@ def test_resumes(nano, capsys, monkeypatch):
     assert bench(*words, '--out', nano) == 0
     assert asked[3:] == [['infer'], ['train']]
     nano.write_bytes(before)
+
+
+def test_profile(tmp_path, capsys):
+    """Operators of a pass with their times, which are those of the whole pass; other points stay in the file."""
+    path = tmp_path / 'profile.csv'
+    assert bench('vvt_nano', '--sizes', 32, 64, '--profile', path) == 0
+    assert 'vvt_nano infer fp32 size 64 batch 1 threads 1: ' in capsys.readouterr().out
+    with path.open(newline='') as f:
+        found = list(csv.DictReader(f))
+    assert tuple(found[0]) == (*profile.FIELDS_OF_POINT, *profile.FIELDS_OF_OPERATOR)
+    model = timm.create_model('vvt_nano')
+    for size in ('32', '64'):
+        mine = {row['operator']: row for row in found if row['size'] == size}
+        assert profile.OUTSIDE in mine and any('depthwise' in name for name in mine)
+        assert sum(float(row['share']) for row in mine.values()) == pytest.approx(1, abs=.02)
+        ms = [float(row['ms']) for row in mine.values()]
+        assert ms == sorted(ms, reverse=True) and ms[-1] > 0
+        norms = mine['native_layer_norm']
+        assert int(norms['calls']) == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
+    assert bench('vvt_nano', '--sizes', 64, '--profile', path) == 0
+    with path.open(newline='') as f:
+        again = list(csv.DictReader(f))
+    assert [r for r in again if r['size'] == '32'] == [r for r in found if r['size'] == '32']
+    assert len({(r['size'], r['operator']) for r in again}) == len(again)
+    path.write_text('a,b\n1,2\n')
+    assert str(path) in refused(capsys, 'vvt_nano', '--profile', path) and path.read_text() == 'a,b\n1,2\n'
+    assert '.csv' in refused(capsys, 'vvt_nano', '--profile', tmp_path / 'profile.json')
 
 
 def test_failures(also, tmp_path, capsys):

@@ -56,7 +56,7 @@ def serve(connection: Connection) -> None:
 
     The first message is a dict of `row`, the point; `warmup`, the number of untimed passes, 1 at least; `device`;
     `kwargs`, arguments of the model; `also`, 'PATH:MODULE:NAME' of a function that makes the model, None for timm's;
-    `folder`, for temporary files.
+    `folder`, for temporary files; `profile`, whether the last answer has the operators of a further pass.
     """
     connection.send('the libraries are loaded')
     order = connection.recv()
@@ -72,7 +72,11 @@ def serve(connection: Connection) -> None:
         connection.send(dict(ms=ms))
     kind = order['row']['kind']
     at_most = None if kind == 'ceiling' else of_pass if kind != 'model' else steps.gpu_peak(order) or peak()
-    connection.send(dict(steps.count(order), peak_mib=at_most))
+    facts = dict(steps.count(order), peak_mib=at_most)
+    if order.get('profile'):
+        from .profile import operators
+        facts['operators'] = operators(step)
+    connection.send(facts)
 
 
 def reason(e: BaseException) -> str:

@@ -5,6 +5,7 @@
     vitlinear bench --cores --tokens 49 784 16384 --mode infer train --out cores.csv
     vitlinear bench --layers qna unfold window --sizes 56 112 --kernels 3 7 11
     vitlinear bench --roofline --dtypes fp32 bf16 --out latency.csv
+    vitlinear bench vvt_small convnext_tiny --sizes 1024 --dtypes bf16 --profile profile.csv
     vitlinear bench --plot latency.csv cores.csv --out plots
 
 Each point has a process of its own. Those that differ in the model alone take turns, A B A B, as far as they fit into
@@ -36,6 +37,8 @@ import vitlinear
 from .. import _script
 from .._script import Parser, RunError, UsageError, positive_int, run_script, suggest
 from . import plot
+from .profile import Profiles
+from .profile import describe as describe_operators
 from .report import report
 from .rows import POINT, Row, Table, describe, read_text
 from .steps import CORES, DTYPES, HEAD_DIM, LAYERS
@@ -94,6 +97,8 @@ def build_parser() -> Parser:
     flag('--timeout', type=seconds, default=3600., metavar='S', help='give a point up after so many seconds of work')
     flag('--one-at-a-time', action='store_true', help='do not interleave: only one process in memory')
     flag('--out', type=Path, metavar='FILE', help='.csv or .json file to add to')
+    flag('--profile', type=Path, metavar='FILE',
+         help='.csv file for what the operators of a further pass take, of each point that is measured')
     flag('--again', action='store_true', help='measure also what the file holds already')
     return parser
 
@@ -164,6 +169,8 @@ def check(args: argparse.Namespace) -> None:
     _script.check_device(args.device)
     if args.out and (args.out.suffix not in ('.csv', '.json') or args.out.is_dir()):
         raise UsageError(f'--out {args.out}: must be a file that ends in .csv or .json')
+    if args.profile and (args.profile.suffix != '.csv' or args.profile.is_dir()):
+        raise UsageError(f'--profile {args.profile}: must be a file that ends in .csv')
 
 
 def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
@@ -185,7 +192,8 @@ def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
             memory_format='channels_last' if last else 'contiguous', threads=threads,
             allocator='kept' if args.keep_memory else 'default', **place,
             onnxruntime=version('onnxruntime') if runtime == 'onnxruntime' else '')
-        orders.append(dict(row=row, kwargs=kwargs, also=also, warmup=args.warmup, device=args.device))
+        orders.append(dict(
+            row=row, kwargs=kwargs, also=also, warmup=args.warmup, device=args.device, profile=bool(args.profile)))
 
     for threads in args.threads:
         if args.roofline:
@@ -218,13 +226,18 @@ def run(args: argparse.Namespace) -> None:
     bar = tqdm(
         total=len(left) * (args.rounds + 1), unit='pass', dynamic_ncols=True, disable=not sys.stderr.isatty())
     failures = 0
+    profiles = Profiles(args.profile) if args.profile else None
 
     def emit(row: Row) -> None:
         nonlocal failures
         failures += row['status'] != 'ok'
+        operators = row.pop('operators', None)
         table.add(row)
         with bar.external_write_mode(file=sys.stdout):
             print(describe(row), flush=True)
+            if profiles and operators:
+                profiles.add(row, operators)
+                print(describe_operators(row, operators), flush=True)
 
     def condition(order: Dict[str, Any]) -> Tuple[Any, ...]:
         own = ('model', 'size', 'dtype') if order['row']['kind'] == 'ceiling' else ()
