@@ -17,12 +17,12 @@ castling: does the auxiliary branch help castling_nano? The recipe is castling_n
 walk: do walks of several steps help gkvit_nano, and under which construction? The recipe is
 gkvit_nano_fashion_mnist.yaml.
 
-    walk        the default: softmax features of temperature 4, beta learned from 0.107
+    walk        walks between softmax features of temperature 4, beta learned from 0.107
     walk045     the same, beta learned from 0.45
     beta0       the same, beta = 0: one step
     t1, t8      temperature 1 or 8, beta learned from 0.107
     elu         features elu + 1, beta learned from 0.107
-    spectral    signed weights, beta learned from 0.107
+    spectral    the default: signed weights, beta learned from 0.107
     spectral_beta0
     shared      queries and keys share their anchors: one projection for both
     shared_beta0
@@ -111,9 +111,9 @@ class Study:
     measure: Callable[[Path, str], Dict[str, str]]
 
 
-def attention(depth: Optional[int] = None, **kwargs: Any) -> Dict[str, Any]:
+def attention(mode: str, depth: Optional[int] = None, **kwargs: Any) -> Dict[str, Any]:
     depths = {} if depth is None else dict(depths=[depth] * STAGES)
-    return dict(model_kwargs=dict(attn_kwargs=kwargs, **depths))
+    return dict(model_kwargs=dict(attn_kwargs=dict(mode=mode, **kwargs), **depths))
 
 
 STUDIES = {
@@ -126,18 +126,18 @@ STUDIES = {
     'walk': Study(
         recipe='gkvit_nano_fashion_mnist',
         settings=dict(
-            walk=attention(),
-            walk045=attention(init_beta=.45),
-            beta0=attention(init_beta=0.),
-            t1=attention(init_temperature=1.),
-            t8=attention(init_temperature=8.),
-            elu=attention(features='elu'),
-            spectral=attention(mode='spectral'),
-            spectral_beta0=attention(mode='spectral', init_beta=0.),
-            shared=attention(shared_anchors=True),
-            shared_beta0=attention(shared_anchors=True, init_beta=0.),
-            shallow=attention(depth=1, init_beta=.45),
-            shallow_beta0=attention(depth=1, init_beta=0.),
+            walk=attention('walk'),
+            walk045=attention('walk', init_beta=.45),
+            beta0=attention('walk', init_beta=0.),
+            t1=attention('walk', init_temperature=1.),
+            t8=attention('walk', init_temperature=8.),
+            elu=attention('walk', features='elu'),
+            spectral=attention('spectral'),
+            spectral_beta0=attention('spectral', init_beta=0.),
+            shared=attention('walk', shared_anchors=True),
+            shared_beta0=attention('walk', shared_anchors=True, init_beta=0.),
+            shallow=attention('walk', depth=1, init_beta=.45),
+            shallow_beta0=attention('walk', depth=1, init_beta=0.),
         ),
         fields=tuple(f'beta_{i + 1}' for i in range(STAGES)),
         measure=learned_betas,

@@ -56,8 +56,9 @@ MODELS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'qna avg': ('qna_vit_nano', dict(QNA, attn_kwargs=dict(attn_scale='avg', qkv_bias=True, proj_bias=True))),
     'qna shift': ('qna_vit_nano', dict(QNA, kernel_size=5, attn_kwargs=dict(impl='shift', attn_scale='none'))),
     'gkvit': ('gkvit_nano', STAGES),
-    'gkvit elu': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(features='elu'))),
-    'gkvit spectral': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(mode='spectral', init_beta=0.))),
+    'gkvit walk': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(mode='walk'))),
+    'gkvit elu': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(mode='walk', features='elu'))),
+    'gkvit one step': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(init_beta=0.))),
     'mixed': ('vvt_nano', dict(STAGES, attn_layer=('window', 'linear'))),
     'timm levit': ('levit_128s', dict(img_size=32, embed_dim=(16, 24), key_dim=4, num_heads=(2, 3), depth=(1, 1))),
     'timm vit': ('vit_tiny_patch16_224', dict(img_size=32, patch_size=8, embed_dim=24, depth=2, init_values=.5)),
@@ -222,7 +223,8 @@ def test_large_maps(onednn, monkeypatch):
 def test_what_is_folded():
     """No batch norm, scale, temperature or query remains where there is a place for it."""
     kinds = {name: {type(m) for m in optimize_for_inference(create(name)).modules()} for name in OURS}
-    names = {name: set(optimize_for_inference(create(name)).state_dict()) for name in ('xvit_pyramid', 'gkvit', 'qna')}
+    names = {
+        name: set(optimize_for_inference(create(name)).state_dict()) for name in ('xvit_pyramid', 'gkvit walk', 'qna')}
     for name in ('castling levit', 'castling levit distilled', 'xvit avg'):
         assert not kinds[name] & {nn.BatchNorm1d, nn.BatchNorm2d}, name
     for name in ('xvit', 'xvit class', 'xvit qna', 'castling deit'):
@@ -231,7 +233,7 @@ def test_what_is_folded():
         assert timm.layers.LayerScale in kinds[name], name
     assert QnAAttention not in kinds['qna'] and FoldedQnAAttention in kinds['qna']
     assert not any('gamma' in k for k in names['xvit_pyramid'])
-    assert not any('theta' in k or 'log_temperature' in k for k in names['gkvit'])
+    assert not any('theta' in k or 'log_temperature' in k for k in names['gkvit walk'])
     assert not any('query' in k for k in names['qna'])
     for name in OURS:
         assert not kinds[name] & {nn.Linear, nn.Conv2d} or 'castling' in name or name == 'xvit vicinity', name

@@ -209,7 +209,7 @@ def test_no_more_doublings_than_float32_sees():
     """In training on a CPU; a float64 module, evaluation and compiled graphs take them all."""
     assert [rw._enough_doublings(torch.tensor([.01, beta])) for beta in (.01, .107, .3, .5, .7, .9, math.nan)] == [
         2, 3, 4, 5, 6, 7, 7]
-    module, x = RandomWalkAttention(16, 2), torch.randn(2, 5, 5, 16)
+    module, x = RandomWalkAttention(16, 2, mode='walk'), torch.randn(2, 5, 5, 16)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         nn.init.normal_(module.qkv.weight)
@@ -323,7 +323,7 @@ def beyond_one_step(features: str, beta: float = .9) -> float:
 def test_steps_beyond_the_first_make_a_difference():
     """With softmax features at their first temperature; with elu + 1 they lead to the mean and nowhere else."""
     q, k = (randn(1, 2, 1024, 32, seed=i) for i in range(2))
-    module = RandomWalkAttention(64, 2, **F64)
+    module = RandomWalkAttention(64, 2, mode='walk', **F64)
     peaked = [rw._features(x, module.temperature().reshape(-1, 1, 1)) for x in (q, k)]
     flat = [rw._features(x, None) for x in (q, k)]
     assert second_eigenvalue(*peaked).min() > .1
@@ -360,7 +360,7 @@ def test_half_precision(dtype: torch.dtype, error: float, mode: str, features: s
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize('kwargs', [{}, dict(features='elu'), dict(mode='spectral')])
+@pytest.mark.parametrize('kwargs', [dict(mode='walk'), dict(mode='walk', features='elu'), dict(mode='spectral')])
 @pytest.mark.parametrize('value', [0., 1., 300.])
 def test_many_equal_tokens(dtype: torch.dtype, kwargs, value: float):
     """16,384 of them, where sums over tokens leave the range of half precision."""
@@ -375,7 +375,7 @@ def test_many_equal_tokens(dtype: torch.dtype, kwargs, value: float):
         torch.testing.assert_close(module(x), out, rtol=.02, atol=.02 * out.abs().max().item())
 
 
-@pytest.mark.parametrize('kwargs', [{}, dict(features='elu'), dict(mode='spectral')])
+@pytest.mark.parametrize('kwargs', [dict(mode='walk'), dict(mode='walk', features='elu'), dict(mode='spectral')])
 def test_zero_queries_and_keys(kwargs):
     module = RandomWalkAttention(8, 2, **kwargs)
     nn.init.zeros_(module.qkv.weight)
@@ -411,7 +411,7 @@ def test_gradients_stay_bounded_towards_one():
         sizes.append(grad.norm().item())
     assert max(sizes) < 3 * sizes[0]
 
-    module, grads = RandomWalkAttention(16, 2, **F64), []
+    module, grads = RandomWalkAttention(16, 2, mode='walk', **F64), []
     x = randn(1, 8, 8, 16)
     for theta in (0., 4., 8.):
         nn.init.constant_(module.theta, theta)
@@ -448,7 +448,7 @@ VARIANTS = [
 def module_of(dim: int = 16, heads: int = 2, **kwargs) -> RandomWalkAttention:
     """With weights large enough to make every part count."""
     torch.manual_seed(0)
-    module = RandomWalkAttention(dim, heads, **{**F64, **kwargs})
+    module = RandomWalkAttention(dim, heads, **{**F64, 'mode': 'walk', **kwargs})
     for name, p in module.named_parameters():
         if name in ('theta', 'log_temperature'):
             p.data += torch.randn_like(p)
@@ -488,8 +488,11 @@ def test_module(kwargs, H: int, W: int):
 def test_parameters():
     """4 (C^2 + C) weights and a temperature and a beta for each head; ablations have none that they do not use."""
     def count(**kwargs):
-        return sum(p.numel() for p in RandomWalkAttention(64, 2, device='meta', **kwargs).parameters())
+        module = RandomWalkAttention(64, 2, device='meta', **{'mode': 'walk', **kwargs})
+        return sum(p.numel() for p in module.parameters())
 
+    default = RandomWalkAttention(64, 2)
+    assert (default.mode, default.features, default.log_temperature) == ('spectral', 'signed', None)
     weights = 4 * (64 ** 2 + 64)
     assert count() == weights + 2 * 2
     assert count(features='elu') == count(init_beta=0.) == count(mode='spectral') == weights + 2
@@ -499,22 +502,22 @@ def test_parameters():
 
 
 def test_initial_values():
-    module = RandomWalkAttention(64, 2)
+    module = RandomWalkAttention(64, 2, mode='walk')
     torch.testing.assert_close(module.beta(), torch.full((2,), .107))
     torch.testing.assert_close(module.temperature(), torch.full((2,), 4.))
     assert module.theta.mean().item() == pytest.approx(-2, abs=.01)
-    module = RandomWalkAttention(64, 2, init_beta=.45, init_temperature=10.)
+    module = RandomWalkAttention(64, 2, mode='walk', init_beta=.45, init_temperature=10.)
     nn.init.constant_(module.theta, float('nan'))
     nn.init.constant_(module.log_temperature, float('nan'))
     module.reset_parameters()
     torch.testing.assert_close(module.beta(), torch.full((2,), .45))
     torch.testing.assert_close(module.temperature(), torch.full((2,), 10.))
     assert RandomWalkAttention(64, 2, init_beta=0.).beta() is None
-    assert RandomWalkAttention(64, 2, features='elu').temperature() is None
+    assert RandomWalkAttention(64, 2, mode='walk', features='elu').temperature() is None
 
 
 def test_learned_values_stay_in_range():
-    module = RandomWalkAttention(64, 2)
+    module = RandomWalkAttention(64, 2, mode='walk')
     for value, beta, temperature in ((-1e4, 0., .5), (1e4, .9, 16.)):
         nn.init.constant_(module.theta, value)
         nn.init.constant_(module.log_temperature, value)
@@ -630,7 +633,7 @@ def test_export_has_no_solver(kwargs):
 ])
 def test_bad_arguments(kwargs, words):
     with pytest.raises(ValueError) as e:
-        RandomWalkAttention(**{'dim': 16, 'num_heads': 2, **kwargs})
+        RandomWalkAttention(**{'dim': 16, 'num_heads': 2, 'mode': 'walk', **kwargs})
     assert all(word in str(e.value) for word in words), e.value
 
 

@@ -69,7 +69,7 @@ def study(monkeypatch, tmp_path):
 def test_walk_settings(study):
     """Each makes a model, no two the same, and all of one architecture begin with the same projections."""
     settings = study.STUDIES['walk'].settings
-    assert settings['walk'] == dict(model_kwargs=dict(attn_kwargs={}))
+    assert settings['walk'] == dict(model_kwargs=dict(attn_kwargs=dict(mode='walk')))
     models, weights = set(), {}
     for changes in settings.values():
         model = small('gkvit_nano', **changes['model_kwargs'])
@@ -91,7 +91,8 @@ def test_walk(study, capsys):
     assert (row['top1'], row['train_loss'], row['epochs'], row['options']) == ('12.00', '1.8000', '3', '-b 8')
     assert row['beta_1'] == row['beta_4'] == '0.4500' and study.rows()[1]['beta_1'] == '' and float(row['seconds']) >= 0
     assert [(a.model, a.seed, a.epochs, a.batch_size, a.model_kwargs) for a in study.commands[:2]] == [
-        ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {}}), ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {'init_beta': 0.}})]
+        ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {'mode': 'walk'}}),
+        ('gkvit_nano', 1, 3, 8, {'attn_kwargs': {'mode': 'walk', 'init_beta': 0.}})]
     walk, beta0 = capsys.readouterr().out.splitlines()[-2:]
     betas = 4 * ['0.4500', '+-', '0.0000']
     assert walk.split() == ['walk', '2', '17.00', '+-', '7.07', '1.8000', '+-', '0.0000', *betas]
@@ -152,7 +153,7 @@ def test_stops_where_training_fails(study, capsys):
     study.fails = 0
     assert study.run(*words) == 0
     assert [row['setting'] for row in study.rows()] == ['walk', 'elu']
-    assert study.commands[-1].model_kwargs == {'attn_kwargs': {'features': 'elu'}}
+    assert study.commands[-1].model_kwargs == {'attn_kwargs': {'mode': 'walk', 'features': 'elu'}}
 
 
 def test_unknown_setting(study, capsys):

@@ -18,6 +18,10 @@ rows of the kernel sum to 1. With beta = 0 this is normalised linear attention (
 The features have to be peaked, P = softmax(t x / rms(x)) over the r channels, which makes these r anchors that a step
 passes through. With elu + 1 S has nearly rank one: a second step leads to the mean of all values, whatever the query.
 
+The layer's default is the other construction, 'spectral': signed weights S = q k^T, over no degrees but scaled to a
+norm of at most 1, O = sum_j beta^j (S S^T)^j S V. In our trainings on Fashion-MNIST it learned faster than the walk
+proper and ended ahead of it, and it takes fewer passes. That steps after the first help was not seen with either.
+
 The inverse is the series of its powers, by doubling: (I + B^64) ... (I + B^2)(I + B), which needs no solver, so it
 exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has the solve, and the graphs in full. Where
 there are no more nodes than anchors, eager mode takes the N x N matrices of the edges themselves instead.
@@ -438,7 +442,7 @@ class RandomWalkAttention(nn.Module):
             self,
             dim: int,
             num_heads: int = 8,
-            mode: str = 'walk',
+            mode: str = 'spectral',
             features: Optional[str] = None,
             init_temperature: float = 4.,
             init_beta: float = 0.107,
@@ -451,8 +455,8 @@ class RandomWalkAttention(nn.Module):
         Args:
             dim: Channels of the map.
             num_heads: Attention heads.
-            mode: 'walk' or 'spectral', see `random_walk_attention`.
-            features: 'softmax' (by default) or 'elu' of a walk, 'signed' of 'spectral'.
+            mode: 'spectral' or 'walk', see `random_walk_attention`.
+            features: 'signed' of 'spectral', 'softmax' (by default) or 'elu' of a walk.
             init_temperature: Where the temperature of softmax features starts, learned for each head within 0.5 to 16.
             init_beta: Where beta starts, learned for each head between 0 and 0.9; at 0 it stays there, and attention is
                 one step.

@@ -90,8 +90,8 @@ def _linear_angular(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tenso
 
 
 def _random_walk(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
-    beta, temperature = torch.full((heads,), .5), torch.full((heads,), 4.)
-    return lambda q, k, v: attention.random_walk_attention(q, k, v, beta, temperature)
+    beta = torch.full((heads,), .5)
+    return lambda q, k, v: attention.random_walk_attention(q, k, v, beta, mode='spectral', features='signed')
 
 
 CORES = {

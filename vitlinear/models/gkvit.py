@@ -56,7 +56,8 @@ class GraphKernelVisionTransformer(Pyramid):
             num_heads: Attention heads of each stage, of 32 channels by default.
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             attn_layer: Mechanism by name, or a module class or factory.
-            attn_kwargs: Further arguments of the mechanism, such as `dict(init_beta=0.)` for attention of one step.
+            attn_kwargs: Further arguments of the mechanism, such as `dict(init_beta=0.)` for attention of one step, or
+                `dict(mode='walk')` for walks between softmax features.
             kwargs: As for `Pyramid`.
         """
         super().__init__(
