@@ -518,6 +518,49 @@ def test_inference_respects_what_replaces_a_layer():
         setattr(parent, name, layer)
 
 
+class Stored(torch.Tensor):
+    """A weight in a form of its own, for which there is a linear layer and nothing else; as torchao's in 8 bits."""
+
+    @staticmethod
+    def __new__(cls, weight: torch.Tensor):
+        return torch.Tensor._make_wrapper_subclass(cls, weight.shape, dtype=weight.dtype)
+
+    def __init__(self, weight: torch.Tensor):
+        self.weight = weight
+
+    def __tensor_flatten__(self):
+        return ['weight'], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner, metadata, size, stride):
+        return Stored(inner['weight'])
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is nn.functional.linear:
+            return func(args[0], args[1].weight, *args[2:])
+        if func.__name__ not in ('__get__', '__set__', 'detach', 'requires_grad_'):
+            raise NotImplementedError(func)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+    @classmethod
+    def __torch_dispatch__(cls, func, types, args=(), kwargs=None):
+        if func is not torch.ops.aten.detach.default:
+            raise NotImplementedError(func)
+        return cls(args[0].weight)
+
+
+@pytest.mark.parametrize('backbone', BACKBONES)
+def test_inference_with_weights_in_another_form(backbone: str):
+    model, x = create(backbone).eval(), images(2, 3, 64, 48)
+    expected = model(x).detach()
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.weight = nn.Parameter(Stored(module.weight.detach()), requires_grad=False)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected, **CLOSE)
+
+
 @pytest.mark.parametrize('band', [1, 2 ** 21])
 @pytest.mark.parametrize('backbone', FAMILIES)
 def test_training_without_gradients_keeps_dropout(monkeypatch, backbone: str, band: int):

@@ -6,6 +6,7 @@ from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Type, 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 # Multiplications of a float32 product below which a call of oneDNN takes longer than the product does without it.
 # Measured on one core: 49 x 64 by 64 x 64 takes 9 us, in oneDNN 23; 196 x 64 by 64 x 192 takes 53 and 45.
@@ -69,8 +70,13 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def is_plain(layer: nn.Module, layer_type: Type[nn.Module] = nn.Linear) -> bool:
-    """Whether a layer is what its weight and bias say: no adapter, quantised or parametrised layer, no hooks."""
-    return (type(layer) is layer_type or type(layer) is _PACKED.get(layer_type)) and not has_hooks(layer)
+    """Whether a layer is what its weight and bias say: no adapter, quantised or parametrised layer, no hooks.
+
+    Nor a weight that stands for others, such as torchao's quantised ones, for which not all operators exist.
+    """
+    if type(layer) is not layer_type and type(layer) is not _PACKED.get(layer_type):
+        return False
+    return not has_hooks(layer) and not is_traceable_wrapper_subclass(layer.weight)
 
 
 def has_onednn(dtype: torch.dtype) -> bool:
