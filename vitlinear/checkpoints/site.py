@@ -37,6 +37,13 @@ class Row(NamedTuple):
     peak: Optional[float]
 
 
+def _ways(row: Dict[str, str]) -> List[str]:
+    """How a model was run, where not as it is."""
+    ways = [('optimised', row.get('optimized') == '1'), ('channels-last', row.get('memory_format') == 'channels_last')]
+    ways += [(name, row.get('runtime') == name) for name in ('compile', 'onnxruntime')]
+    return [name for name, applies in ways if applies]
+
+
 def _results() -> Dict[str, List[Row]]:
     """Measurements of inference by file, none where the package stands alone."""
     package = Path(vitlinear.__file__).resolve().parent
@@ -46,9 +53,10 @@ def _results() -> Dict[str, List[Row]]:
             rows = [row for row in csv.DictReader(f) if row.get('mode') == 'infer' and row.get('median_ms')]
         if rows:
             found[path.stem] = [Row(
-                row['model'], int(row['size']), int(row['batch']), _DTYPES.get(row['dtype'], row['dtype']),
-                row['allocator'] == 'kept', float(row['p25_ms']), float(row['median_ms']), float(row['p75_ms']),
-                float(row['peak_mib']) if row.get('peak_mib') else None) for row in rows]
+                ' '.join([row['model'], *_ways(row)]), int(row['size']), int(row['batch']),
+                _DTYPES.get(row['dtype'], row['dtype']), row['allocator'] == 'kept', float(row['p25_ms']),
+                float(row['median_ms']), float(row['p75_ms']), float(row['peak_mib']) if row.get('peak_mib') else None,
+            ) for row in rows]
     return found
 
 
@@ -177,7 +185,8 @@ def _bars(rows: Sequence[Row], colours: Dict[str, int]) -> str:
     for i, row in enumerate(rows):
         y, foreign = i * step, ':' in row.model
         name = f'{row.model.rpartition(":")[2]}, original code' if foreign else row.model
-        fill = f'c{colours[row.model]}' if row.model in colours else 'bar'
+        name = row.model.partition(' ')[0]
+        fill = f'c{colours[name]}' if name in colours else 'bar'
         end = max(row.high, row.median) * scale
         parts += [
             _text(0, y + 12, name),
