@@ -185,8 +185,8 @@ def _bars(rows: Sequence[Row], colours: Dict[str, int]) -> str:
     for i, row in enumerate(rows):
         y, foreign = i * step, ':' in row.model
         name = f'{row.model.rpartition(":")[2]}, original code' if foreign else row.model
-        name = row.model.partition(' ')[0]
-        fill = f'c{colours[name]}' if name in colours else 'bar'
+        model = row.model.partition(' ')[0]
+        fill = f'c{colours[model]}' if model in colours else 'bar'
         end = max(row.high, row.median) * scale
         parts += [
             _text(0, y + 12, name),
