@@ -452,7 +452,8 @@ def test_inference_mlp_over_its_input(monkeypatch, layer: Callable[..., nn.Modul
 
 
 @pytest.mark.parametrize('stem', [True, False])
-@pytest.mark.parametrize('where', ['', 'patch_embed', 'stages', r'stages.\d', r'stages.\d.blocks.\d', '.*norm.*', '.*'])
+@pytest.mark.parametrize('where', [
+    '', 'patch_embed', 'stages', r'stages.\d', r'stages.\d.downsample', r'stages.\d.blocks.\d', '.*norm.*', '.*'])
 @pytest.mark.parametrize('backbone', FAMILIES)
 def test_inference_overwrites_nothing_that_others_hold(backbone: str, where: str, stem: bool):
     """Neither images nor what hooks have been given."""

@@ -274,11 +274,11 @@ class Block(nn.Module):
         return residual(x, self.norm2, self.mlp, self.drop_path2, overwrite=True)
 
 
-def is_new(module: nn.Module, x: torch.Tensor, y: torch.Tensor) -> bool:
-    """Whether nobody but the caller can see `y = module(x)`, in inference on a CPU."""
+def is_new(module: nn.Module, x: torch.Tensor, y: torch.Tensor, overwrite: bool = False) -> bool:
+    """Whether nobody but the caller can see `y = module(x)`, in inference on a CPU; `overwrite`: that holds for `x`."""
     if not use_bands(x) or any(has_hooks(m) for m in module.modules()):
         return False
-    return y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    return overwrite or y.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
 def run_blocks(blocks: nn.ModuleList, x: torch.Tensor, grad_checkpointing: bool, overwrite: bool) -> torch.Tensor:
@@ -374,7 +374,7 @@ class PyramidStage(nn.Module):
     def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """`forward(x)`, which may write over `x` if `overwrite`."""
         y = self.downsample(x)
-        overwrite = overwrite or is_new(self.downsample, x, y)
+        overwrite = is_new(self.downsample, x, y, overwrite)
         x = run_blocks(self.blocks, y.permute(0, 2, 3, 1), self.grad_checkpointing, overwrite)
         return self.norm(x).permute(0, 3, 1, 2)
 

@@ -133,7 +133,7 @@ class QnAStage(nn.Module):
     def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
         """`forward(x)`, which may write over `x` if `overwrite`."""
         y = self.downsample(x.permute(0, 2, 3, 1))
-        overwrite = overwrite or is_new(self.downsample, x, y)
+        overwrite = is_new(self.downsample, x, y, overwrite)
         return run_blocks(self.blocks, y, self.grad_checkpointing, overwrite).permute(0, 3, 1, 2)
 
 
