@@ -12,6 +12,7 @@ import torch
 from vitlinear import cli, info
 from vitlinear._script import UsageError
 from vitlinear.bench import child, command, profile, report, rows, steps, workers
+from vitlinear.optimize import STEPS
 
 MODELS = '''
 import os, signal, time
@@ -43,7 +44,7 @@ PLACE = dict(cpu='a cpu', torch='1', timm='2', vitlinear='3', onnxruntime='')
 
 def point(**changes) -> dict:
     return {**dict(
-        kind='model', model='a', kwargs='', mode='infer', runtime='eager', optimized=0, memory_format='contiguous',
+        kind='model', model='a', kwargs='', mode='infer', runtime='eager', optimized='', memory_format='contiguous',
         dtype='fp32', size=32, kernel=None, batch=1, threads=1, allocator='default', **PLACE), **changes}
 
 
@@ -93,7 +94,7 @@ def test_rows(nano):
     assert tuple(found[0]) == rows.FIELDS
     parameters, macs = info.count('vvt_nano')
     for row in found:
-        assert (row['kind'], row['model'], row['runtime'], row['optimized']) == ('model', 'vvt_nano', 'eager', '0')
+        assert (row['kind'], row['model'], row['runtime'], row['optimized']) == ('model', 'vvt_nano', 'eager', '')
         assert (row['dtype'], row['size'], row['batch'], row['threads']) == ('bf16', '32', '1', '1')
         assert (row['memory_format'], row['allocator'], row['kernel']) == ('contiguous', 'default', '')
         assert float(row['params_m']) == pytest.approx(parameters / 1e6, rel=1e-4)
@@ -146,6 +147,8 @@ def test_profile(tmp_path, capsys):
         assert sum(float(row['share']) for row in mine.values()) == pytest.approx(1, abs=.02)
         ms = [float(row['ms']) for row in mine.values()]
         assert ms == sorted(ms, reverse=True) and ms[-1] > 0
+        rest = {profile.OTHERS, profile.OUTSIDE}
+        assert all(float(row['share']) >= profile.LEAST for name, row in mine.items() if name not in rest)
         norms = mine['native_layer_norm']
         assert int(norms['calls']) == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
     assert bench('vvt_nano', '--sizes', 64, '--profile', path) == 0
@@ -173,7 +176,7 @@ def test_failures(also, tmp_path, capsys):
     assert good['gmacs'] * 1e9 == pytest.approx(4 * 4 * 3 * 4 * 4 + 4 * 2) and good['params_m'] * 1e6 == 62
     told = capsys.readouterr()
     assert '2 of 3 points failed' in told.err and 'zoo:good' in told.out
-    assert rows.read_rows(out) == [{k: '' if k in ('kwargs', 'onnxruntime') else v for k, v in row.items()}
+    assert rows.read_rows(out) == [{k: '' if k in ('kwargs', 'optimized', 'onnxruntime') else v for k, v in row.items()}
                                    for row in json.loads(out.read_text())]
 
 
@@ -377,17 +380,33 @@ def test_train_step_has_gradients(tmp_path, monkeypatch):
     assert model[1].weight.dtype == torch.float32 and model[1].weight.grad.abs().sum() > 0
 
 
-def test_optimized_and_compiled(tmp_path, monkeypatch):
+@pytest.mark.parametrize('optimized, done', [('all', STEPS), ('fuse+pack', ('fuse', 'pack'))])
+def test_optimized_and_compiled(tmp_path, monkeypatch, optimized, done):
     given = []
     monkeypatch.setattr(torch, 'compile', lambda model: given.append(model) or model)
     threads = torch.get_num_threads()
     try:
         steps.make_step(order(
-            tmp_path, model='castling_nano', optimized=1, runtime='compile', memory_format='channels_last'))()
+            tmp_path, model='castling_nano', optimized=optimized, runtime='compile', memory_format='channels_last'))()
     finally:
         torch.set_num_threads(threads)
     model, = given
-    assert model.optimized and not model.training
+    assert tuple(name for name, _ in model.optimized) == done and not model.training
+
+
+def test_each_step(monkeypatch):
+    """A model as it is and with one step more at a time, taking turns with its peers."""
+    turns = []
+
+    def measure(peers, *args):
+        turns.append([(o['row']['model'], o['row']['dtype'], o['row']['optimized']) for o in peers])
+
+    monkeypatch.setattr(command, 'measure', measure)
+    assert bench('vvt_nano', 'qna_vit_nano', '--dtypes', 'fp32', 'bf16', '--optimize', 'each') == 0
+    steps_done = ['', *('+'.join(STEPS[:n]) for n in range(1, len(STEPS))), 'all']
+    assert turns == [
+        [(model, dtype, done) for model in ('vvt_nano', 'qna_vit_nano') for done in steps_done]
+        for dtype in ('fp32', 'bf16')]
 
 
 def test_added_memory():
@@ -475,7 +494,9 @@ def test_shares():
     (['vvt_nano', '--sizes', '0'], '--sizes: must be 1 or more, not 0'),
     (['vvt_nano', '--dtypes', 'int3'], "'int3'"),
     (['vvt_nano', '--timeout', '-1'], "--timeout: must be a number of seconds above 0, not '-1'"),
-    (['vvt_nano', '--mode', 'train', '--optimize'], '--optimize'),
+    (['vvt_nano', '--mode', 'train', '--optimize'], '--optimize: an optimised model cannot be trained'),
+    (['vvt_nano', '--optimize', 'fuze'], '--optimize fuze: not one of castling, fuse, '),
+    (['vvt_nano', '--optimize', 'each', 'fuse'], "--optimize each fuse: 'each' goes with no other"),
     (['vvt_nano', '--mode', 'train', '--runtimes', 'onnxruntime'], '--runtimes onnxruntime: for --mode infer'),
     (['vvt_nano', '--device', 'cuda:99'], 'cuda:99'),
     (['vvt_nano', '--out', 'a.txt'], '--out a.txt: must be a file that ends in .csv or .json'),

@@ -16,7 +16,7 @@ PLACE = dict(cpu='a machine', torch='2.0', timm='1.0', vitlinear='0.1', status='
 def row(model: str, size: int, ms: float, **more) -> dict:
     """One of `vitlinear bench`, as read from its file."""
     known = dict(
-        kind='model', model=model, kwargs='', mode='infer', runtime='eager', optimized='0', memory_format='contiguous',
+        kind='model', model=model, kwargs='', mode='infer', runtime='eager', optimized='', memory_format='contiguous',
         dtype='fp32', size=size, kernel='', batch=1, threads=2, allocator='default', median_ms=ms, p25_ms=.9 * ms,
         p75_ms=1.2 * ms, **PLACE)
     return {key: str(value) for key, value in {**known, **more}.items()}
@@ -63,11 +63,11 @@ def test_crossover(ours, theirs, tokens):
 
 def test_a_figure_for_each_condition(tmp_path):
     rows = rows_of(dict(vvt_tiny=1.), dtype='bf16') + rows_of(dict(vvt_tiny=1.), mode='train', batch=8)
-    rows += rows_of(dict(vvt_tiny=1.), runtime='compile', optimized='1', memory_format='channels_last', threads=1)
+    rows += rows_of(dict(vvt_tiny=1.), runtime='compile', optimized='all', memory_format='channels_last', threads=1)
     assert names(plot(rows, tmp_path / 'new', ['png'])) == [
         f'{what}_{condition}.png' for what in ('latency', 'memory') for condition in (
             'infer_bf16_batch1_2threads_default',
-            'infer_fp32_batch1_1thread_default_compile_channels_last_optimized',
+            'infer_fp32_batch1_1thread_default_compile_channels_last_optimizedall',
             'train_fp32_batch8_2threads_default')]
     rows = rows_of(dict(vvt_tiny=1.)) + rows_of(dict(vvt_tiny=1.), cpu='another machine')
     assert len(plot(rows, tmp_path / 'two', ['png'])) == 4

@@ -505,16 +505,34 @@ def test_bands_of_inference(monkeypatch, locality: str, clamp: bool):
     for p in attn.parameters():
         torch.nn.init.normal_(p, std=.3)
     x = torch.randn(3, 33, 17, 24, dtype=torch.float64)
-    expected = attn(x)
-    calls = []
-    forward_bands = attn._forward_bands
-    monkeypatch.setattr(attn, '_forward_bands', lambda x: calls.append(x) or forward_bands(x))
+    norm = torch.nn.LayerNorm(24).double()
+    expected, summed = attn(x), x + attn(norm(x))
+    monkeypatch.setattr(attn, '_forward', None)  # not to be called
     monkeypatch.setattr(vicinity, 'BANDS_FROM', 1)
-    for band in (1, 2000, 7000, 2 ** 18):
+    strided = torch.cat([x, x], dim=2)[:, :, :17]
+    for band in (1, 2000, 7000, 2 ** 15, 2 ** 18):  # of some rows, of an image, of two, of all
         monkeypatch.setattr(vicinity, 'BAND', band)
         with torch.no_grad():
             torch.testing.assert_close(attn(x), expected, rtol=1e-9, atol=1e-9)
-    assert len(calls) == 4
+            torch.testing.assert_close(attn.in_bands(x, norm), summed, rtol=1e-9, atol=1e-9)
+            for copy in (x.clone(), strided.clone(memory_format=torch.preserve_format), strided[:]):
+                before = copy.clone()
+                torch.testing.assert_close(attn.in_bands(copy, norm, copy), summed, rtol=1e-9, atol=1e-9)
+                assert not torch.equal(copy, before)
+                copy.copy_(before)
+
+
+@pytest.mark.parametrize('images', [1, 3])
+def test_bands_that_do_not_pay(images: int):
+    """Small maps and layers that are not plain take the other form, with the norm and sum of a block as well."""
+    torch.manual_seed(0)
+    attn, norm = VicinityAttention(24, 3).double(), torch.nn.LayerNorm(24).double()
+    x = torch.randn(images, 33, 17, 24, dtype=torch.float64)
+    expected = x + attn(norm(x))
+    with torch.no_grad():
+        torch.testing.assert_close(attn.in_bands(x, norm), expected, rtol=1e-9, atol=1e-9)
+        assert attn.in_bands(x, norm, x) is x
+    torch.testing.assert_close(x, expected, rtol=1e-9, atol=1e-9)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -523,7 +541,8 @@ def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
     attn = VicinityAttention(32, 2)
     x = torch.randn(2, 30, 30, 32)
     monkeypatch.setattr(vicinity, 'BAND', 5000)
-    monkeypatch.setattr(vicinity, 'BANDS_FROM', 1)
+    for name in ('BANDS_FROM', 'BANDS_FROM_BFLOAT16'):
+        monkeypatch.setattr(vicinity, name, 1)
     with torch.no_grad():
         expected = attn(x)
         with torch.autocast('cpu', dtype):

@@ -273,9 +273,9 @@ def pack(layer: nn.Module) -> bool:
     return True
 
 
-def band_rows(rows: int, row_elements: int, band_elements: int, least: int = 1) -> int:
-    """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of `band_elements` at most."""
-    bands = -(-rows * row_elements // band_elements)
+def band_rows(rows: int, row_size: int, band_size: int, least: int = 1) -> int:
+    """Rows of a band, at least `least`, when `rows` of them are cut evenly into bands of `band_size` at most."""
+    bands = -(-rows * row_size // band_size)
     return max(least, -(-rows // bands))
 
 

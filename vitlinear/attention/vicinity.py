@@ -13,7 +13,7 @@ authors' released code computes, and what its weights were trained with.
 """
 import math
 from functools import lru_cache
-from typing import Any, Callable
+from typing import Any, Callable, Optional
 
 import torch
 import torch.nn as nn
@@ -31,6 +31,7 @@ CLAMP_MAX = 1e4
 SEPARABLE_FROM = 1024
 IMAGES_FROM = 512
 BANDS_FROM = 4096
+BANDS_FROM_BFLOAT16 = 128
 BAND = 2 ** 19
 
 
@@ -131,7 +132,8 @@ def _normalise_(numerator: torch.Tensor, denominator: torch.Tensor, clamp: bool,
     """`_normalise` in place, without gradients."""
     if not clamp:
         return numerator.div_(denominator + eps)
-    return _clamp_magnitude_(_clamp_magnitude_(numerator).div_((denominator + eps).clamp_(max=CLAMP_MAX)))
+    sign, divisor = numerator.sign(), (denominator + eps).clamp_(max=CLAMP_MAX)
+    return numerator.abs_().clamp_(CLAMP_MIN, CLAMP_MAX).div_(divisor).clamp_(CLAMP_MIN, CLAMP_MAX).mul_(sign)
 
 
 def _weighted(x: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -402,11 +404,11 @@ class VicinityAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         if not torch.jit.is_scripting():
-            if self.impl == 'auto' and use_bands(x):
-                if x.shape[1] * x.shape[2] >= BANDS_FROM and is_plain(self.qkv) and is_plain(self.proj):
-                    return self._forward_bands(x)
-                if x.shape[1] * x.shape[2] >= IMAGES_FROM and len(x) > 1:
-                    return torch.cat([self.forward(image) for image in x.split(1)])
+            if use_bands(x):
+                return self.in_bands(x)
+        return self._forward(x)
+
+    def _forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
             qkv = self.qkv(x)
         else:
@@ -427,49 +429,76 @@ class VicinityAttention(nn.Module):
         # after the gate only the upper bound can be met: |x| >= 1e-4 or x = 0 before, and the gate exceeds 1
         return (clamp_magnitude(x) * gate).clamp(-upper, upper)
 
-    def _forward_bands(self, x: torch.Tensor) -> torch.Tensor:
-        """`forward` in two passes over bands of rows, one for keys and values, one for queries.
+    def _pays_in_bands(self, x: torch.Tensor) -> bool:
+        least = BANDS_FROM_BFLOAT16 if x.dtype == torch.bfloat16 else BANDS_FROM
+        return self.impl == 'auto' and x.shape[1] * x.shape[2] >= least and is_plain(self.qkv) and is_plain(self.proj)
 
-        Only the sums over keys live across bands. Projections are evaluated with positions last, as the core wants.
+    @torch.jit.unused
+    def in_bands(
+            self,
+            x: torch.Tensor,
+            norm: Optional[nn.Module] = None,
+            out: Optional[torch.Tensor] = None,
+    ) -> torch.Tensor:
+        """`forward(x)`, or `x + forward(norm(x))`, for some images or some rows at a time, for inference.
+
+        Bands are taken twice, for keys and values and for queries: only queries and the sums over keys live across
+        them. Projections are evaluated with positions last, as the core wants.
+
+        Args:
+            x: Map (B, H, W, C).
+            norm: Norm in front of the layer, with which the map itself is added to the result.
+            out: Where the result may be put, `x` itself with a norm, or None.
         """
         B, H, W, C = x.shape
-        rows = band_rows(H, W * C, BAND)
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        features = _table(_position_features, torch.empty(0, dtype=dtype, device=x.device), H, W, self.locality)
-        r = self.reduced_dim
+        if not self._pays_in_bands(x):
+            y = x if norm is None else norm(x)
+            one_by_one = self.impl == 'auto' and H * W >= IMAGES_FROM and B > 1
+            y = torch.cat([self._forward(image) for image in y.split(1)]) if one_by_one else self._forward(y)
+            return y if norm is None else torch.add(x, y, out=out)
 
-        def project(band: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-            weight, bias = self.qkv.weight[start:stop], self.qkv.bias[start:stop]
-            return torch.addmm(bias.unsqueeze(1), weight, band.t()).unflatten(0, [1, -1])
-
-        out = None
-        for b in range(B):
-            bands = [(x[b, i:i + rows].flatten(0, 1), features[..., i * W:(i + rows) * W]) for i in range(0, H, rows)]
-            kv = torch.zeros((), dtype=dtype, device=x.device)
-            mean = torch.zeros((), dtype=dtype, device=x.device)
-            for band, band_features in bands:
-                k, v = project(band, r, 3 * r).to(dtype).unflatten(1, [2, self.num_heads, -1]).unbind(1)
-                mean = mean + band.sum(dim=0, dtype=dtype) / (H * W)
+        N, r, heads = H * W, self.reduced_dim, self.num_heads
+        images, rows = max(1, BAND // (N * C)), band_rows(H, W * C, BAND)
+        bands = [(slice(i, i + rows), slice(i * W, (i + rows) * W)) for i in range(0, H, rows)]  # rows, positions
+        for b in range(0, B, images):
+            group, size = slice(b, b + images), min(images, B - b)
+            weight, proj = self.qkv.weight.expand(size, -1, -1), self.proj.weight.t().expand(size, -1, -1)
+            kv = mean = queries = None
+            for band, where in bands:
+                y = x[group, band].flatten(1, 2)
+                if norm is not None:
+                    y = norm(y)
+                wide = torch.promote_types(y.dtype, torch.float32)
+                band_mean = y.sum(dim=1, dtype=wide) / N
+                y = torch.baddbmm(self.qkv.bias.unsqueeze(1), weight, y.transpose(1, 2))  # (size, 3 r, positions)
+                if queries is None:
+                    queries = y.new_empty(size, r, N)
+                    # bfloat16 has the range that sums over positions need; products of it are summed in float32
+                    product = torch.bfloat16 if y.dtype == torch.bfloat16 else wide
+                    features = _table(_position_features, y.new_empty(0, dtype=wide), H, W, self.locality).to(product)
+                torch.clamp(y[:, :r], min=0, out=queries[:, :, where])
+                k, v = y[:, r:].to(product).unflatten(1, [2, heads, -1]).unbind(1)
                 with torch.autocast(device_type=x.device.type, enabled=False):
-                    kv = kv + _sum_keys(k.relu_(), v, band_features)
+                    band_kv = _sum_keys(k.relu_(), v, features[..., where]).to(wide)
+                kv, mean = (band_kv, band_mean) if kv is None else (kv.add_(band_kv), mean.add_(band_mean))
             if self.clamp:
                 kv = _clamp_sums(kv)
-            gate = 1 + self.fpc(mean.to(x.dtype))
-            for i, (band, band_features) in enumerate(bands):
-                q = project(band, 0, r).relu_().unflatten(1, [self.num_heads, -1])
+            kv = kv.to(product).transpose(-2, -1)
+            gate = (1 + self.fpc(mean.to(x.dtype))).view(size, 1, 1, C).to(queries.dtype)
+            for band, where in bands:
+                q = queries[:, :, where].to(product).unflatten(1, [heads, -1])
                 with torch.autocast(device_type=x.device.type, enabled=False):
-                    # this product sums over features, not over positions: bfloat16, which has the range, is enough
-                    product = torch.bfloat16 if q.dtype == torch.bfloat16 else dtype
-                    y = kv.to(product).transpose(-2, -1) @ _weighted(q.to(product), band_features.to(product))
-                    y = y.to(dtype)
-                    y = _normalise_(y[:, :, :-1], y[:, :, -1:], self.clamp, self.eps)
-                y = torch.addmm(self.proj.bias, y.flatten(0, 2).t().to(q.dtype), self.proj.weight.t())
-                if out is None:
-                    out = y.new_empty(B, H * W, C)
-                start = i * rows * W
-                band_out = out[b, start:start + len(band)]
+                    y = (kv @ _weighted(q, features[..., where])).to(wide)
+                y = _normalise_(y[:, :, :-1], y[:, :, -1:], self.clamp, self.eps).flatten(1, 2).to(queries.dtype)
+                y = torch.baddbmm(self.proj.bias, y.transpose(1, 2), proj).unflatten(1, [-1, W])
                 if self.clamp:
-                    torch.mul(_clamp_magnitude_(y), gate, out=band_out).clamp_(-CLAMP_MAX, CLAMP_MAX)
+                    # the upper bound is met after the gate, which exceeds 1, as well
+                    sign, upper = y.sign(), CLAMP_MAX / gate
+                    y = torch.clamp(y.abs_(), torch.full_like(upper, CLAMP_MIN), upper, out=y).mul_(sign)
+                if out is None:
+                    out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(x, y))
+                if norm is None:
+                    torch.mul(y, gate, out=out[group, band])
                 else:
-                    torch.mul(y, gate, out=band_out)
-        return out.unflatten(1, [H, W])
+                    torch.addcmul(x[group, band], y, gate, out=out[group, band])
+        return out

@@ -1,6 +1,7 @@
 """Speed, memory and operations of models side by side on this machine: `vitlinear bench MODEL ...`.
 
     vitlinear bench vvt_small convnext_tiny --sizes 224 1024 --dtypes fp32 bf16 --out latency.csv
+    vitlinear bench vvt_small --optimize each
     vitlinear bench 'vvt_*' --mode train --batches 16 --dtypes bf16 --threads 2
     vitlinear bench --cores --tokens 49 784 16384 --mode infer train --out cores.csv
     vitlinear bench --layers qna unfold window --sizes 56 112 --kernels 3 7 11
@@ -8,10 +9,11 @@
     vitlinear bench vvt_small convnext_tiny --sizes 1024 --dtypes bf16 --profile profile.csv
     vitlinear bench --plot latency.csv cores.csv --out plots
 
-Each point has a process of its own. Those that differ in the model alone take turns, A B A B, as far as they fit into
-memory together; times are medians of their passes. Nothing else should be running. peak_mib is the peak memory of the
-whole process for models, and what a pass adds to it for cores and layers; gmacs is of a forward pass for one image,
-attention products counted. What --out holds already, from this machine and these versions, is not measured again.
+Each point has a process of its own. Those that differ in the model or its optimisation take turns, A B A B, as far as
+they fit into memory together; times are medians of their passes. Nothing else should be running. peak_mib is the peak
+memory of the whole process for models, and what a pass adds to it for cores and layers; gmacs is of a forward pass for
+one image, attention products counted. What --out holds already, from this machine and these versions, is not measured
+again.
 """
 import argparse
 import fnmatch
@@ -36,15 +38,17 @@ import vitlinear
 
 from .. import _script
 from .._script import Parser, RunError, UsageError, positive_int, run_script, suggest
+from ..optimize import STEPS
 from . import plot
 from .profile import Profiles
 from .profile import describe as describe_operators
 from .report import report
 from .rows import POINT, Row, Table, describe, read_text
-from .steps import CORES, DTYPES, HEAD_DIM, LAYERS
+from .steps import ALL, CORES, DTYPES, HEAD_DIM, LAYERS
 from .workers import Worker, measure
 
 RUNTIMES = ('eager', 'compile', 'onnxruntime')
+EACH = 'each'  # of --optimize
 TOKENS = (49, 196, 784, 3136, 16384, 65536)
 GEMM, COPY_MIB = 2048, 256  # sides of the matrices, and a size far beyond the caches
 
@@ -84,7 +88,9 @@ def build_parser() -> Parser:
          help='inference, and forward and backward passes as in training')
     flag('--runtimes', nargs='+', default=['eager'], choices=RUNTIMES, help='of models; onnxruntime for inference only')
     flag('--channels-last', action='store_true', help='channels-last memory format')
-    flag('--optimize', action='store_true', help='models after vitlinear.optimize.optimize_for_inference')
+    flag('--optimize', nargs='*', metavar='STEP',
+         help='models after optimize_for_inference with these of its steps, all if not named; '
+              f"'{EACH}': as they are, and with one step more at a time; the steps: {', '.join(STEPS)}")
     flag('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='arguments of all models')
     flag('--keep-memory', action='store_true', help='let the allocator of glibc keep what is freed')
     flag('--device', default='cpu', help='cpu, cuda, cuda:1, ...')
@@ -158,7 +164,10 @@ def check(args: argparse.Namespace) -> None:
             raise UsageError(f'--also {spec}: must be PATH:MODULE:NAME, PATH a folder')
         if not args.sizes:
             raise UsageError('--also needs --sizes')
-    if args.optimize and args.mode != ['infer']:
+    known('--optimize', args.optimize or [], [*STEPS, EACH])
+    if EACH in (args.optimize or []) and len(args.optimize) > 1:
+        raise UsageError(f"--optimize {' '.join(args.optimize)}: '{EACH}' goes with no other")
+    if args.optimize is not None and args.mode != ['infer']:
         raise UsageError('--optimize: an optimised model cannot be trained, give --mode infer')
     if 'onnxruntime' in args.runtimes:
         missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
@@ -173,6 +182,13 @@ def check(args: argparse.Namespace) -> None:
         raise UsageError(f'--profile {args.profile}: must be a file that ends in .csv')
 
 
+def optimizations(given: Optional[Sequence[str]]) -> List[str]:
+    """What --optimize asks for, each as a row tells it: names of steps, `ALL`, or nothing."""
+    if given == [EACH]:
+        return ['', *('+'.join(STEPS[:n]) for n in range(1, len(STEPS))), ALL]
+    return [''] if given is None else ['+'.join(given) or ALL]
+
+
 def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
     """All points in the order of measurement, peers in a row, as orders of `child.serve`."""
     place = dict(
@@ -183,12 +199,12 @@ def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
 
     def add(
             kind: str, model: str, mode: str, dtype: str, size: int, batch: int, threads: int, kwargs: Dict[str, Any],
-            runtime: str = 'eager', kernel: Optional[int] = None, also: Optional[str] = None,
+            runtime: str = 'eager', optimized: str = '', kernel: Optional[int] = None, also: Optional[str] = None,
     ) -> None:
         last = kind == 'model' and args.channels_last and runtime != 'onnxruntime'
         row = dict(
             kind=kind, model=model, kwargs=' '.join(f'{k}={v}' for k, v in kwargs.items()), mode=mode, runtime=runtime,
-            optimized=int(kind == 'model' and args.optimize), dtype=dtype, size=size, kernel=kernel, batch=batch,
+            optimized=optimized, dtype=dtype, size=size, kernel=kernel, batch=batch,
             memory_format='channels_last' if last else 'contiguous', threads=threads,
             allocator='kept' if args.keep_memory else 'default', **place,
             onnxruntime=version('onnxruntime') if runtime == 'onnxruntime' else '')
@@ -204,9 +220,10 @@ def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
         for size, batch, dtype, mode, runtime in product(sizes, args.batches, args.dtypes, args.mode, args.runtimes):
             if (mode, runtime) == ('train', 'onnxruntime'):
                 continue
-            for name, also in models:
+            for (name, also), optimized in product(models, optimizations(args.optimize)):
                 if args.sizes or timm.get_pretrained_cfg(name).input_size[-1] == size:
-                    add('model', name, mode, dtype, size, batch, threads, args.model_kwargs, runtime, also=also)
+                    add('model', name, mode, dtype, size, batch, threads, args.model_kwargs, runtime, optimized,
+                        also=also)
         for mode, batch, dtype in product(args.mode, args.batches, args.dtypes):
             for tokens, name in product(args.tokens, [] if args.cores is None else args.cores or CORES):
                 add('core', name, mode, dtype, tokens, batch, threads, dict(dim=args.dim))
@@ -241,7 +258,7 @@ def run(args: argparse.Namespace) -> None:
 
     def condition(order: Dict[str, Any]) -> Tuple[Any, ...]:
         own = ('model', 'size', 'dtype') if order['row']['kind'] == 'ceiling' else ()
-        return tuple(order['row'][f] for f in POINT if f not in ('model', 'kwargs') or f in own)
+        return tuple(order['row'][f] for f in POINT if f not in ('model', 'kwargs', 'optimized') or f in own)
 
     with bar, tempfile.TemporaryDirectory(prefix='vitlinear-bench-') as folder:
         numbers = count()

@@ -75,7 +75,7 @@ def _read(row: Mapping[str, str]) -> Optional[_Row]:
         f'{threads:g} thread{"s" * (threads > 1)}' if threads else '', row.get('allocator') or 'default',
         *((row.get(name) or '').replace(usual, '') for name, usual in (
             ('runtime', 'eager'), ('memory_format', 'contiguous'))),
-        'optimized' if row.get('optimized') == '1' else '')
+        f'optimized {row["optimized"]}' if row.get('optimized') else '')
     return _Row(
         kind, model, kwargs, round(size), (*filter(None, condition), row.get('cpu') or ''),
         tuple((value or ms[0]) / batch for value in ms) if ms[0] else None, _number(row.get('peak_mib')), row)

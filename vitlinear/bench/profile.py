@@ -14,6 +14,8 @@ from .rows import FIELDS, Row, title
 
 FIELDS_OF_POINT = (*FIELDS[:FIELDS.index('params_m')], 'cpu', 'torch')
 FIELDS_OF_OPERATOR = ('operator', 'calls', 'ms', 'share')
+LEAST = .01  # of the time of a pass; operators that take less are told together
+OTHERS = 'other operators'
 OUTSIDE = 'outside operators'  # Python, and what the profiler itself takes
 _TOLD = 8
 
@@ -27,7 +29,8 @@ def _name(key: str, shapes: Sequence[Any]) -> str:
 def operators(step: Callable[[], Any]) -> List[Row]:
     """Calls of each operator in a pass, and the milliseconds that it took itself, the longest first.
 
-    Depthwise convolutions, those whose weight has one input channel, are told from others.
+    Depthwise convolutions, those whose weight has one input channel, are told from others. Operators that take less
+    than `LEAST` of the pass are one.
     """
     with profile(activities=[ProfilerActivity.CPU]):  # what the profiler does once only
         step()
@@ -42,9 +45,12 @@ def operators(step: Callable[[], Any]) -> List[Row]:
         calls[name] += event.count
         ms[name] += event.self_cpu_time_total / 1e3
     ms[OUTSIDE] = max(0., total - sum(ms.values()))
+    for name in [name for name in ms if ms[name] < LEAST * total]:
+        calls[OTHERS] += calls.pop(name, 0)
+        ms[OTHERS] += ms.pop(name)
     return [
         dict(operator=name, calls=calls.get(name), ms=float(f'{ms[name]:.4g}'), share=float(f'{ms[name] / total:.3f}'))
-        for name in sorted(ms, key=lambda name: -ms[name]) if ms[name] > 1e-4 * total]
+        for name in sorted(ms, key=lambda name: -ms[name])]
 
 
 def describe(row: Row, found: Sequence[Row]) -> str:

@@ -17,7 +17,7 @@ FIELDS = (
     'threads', 'allocator', 'params_m', 'gmacs', 'median_ms', 'ms_per_image', 'p25_ms', 'p75_ms', 'rounds',
     'images_per_s', 'peak_mib', 'status', *PLACE)
 POINT = (*FIELDS[:FIELDS.index('params_m')], *PLACE)  # what is measured, and where
-_INTEGERS = ('optimized', 'size', 'kernel', 'batch', 'threads', 'rounds')
+_INTEGERS = ('size', 'kernel', 'batch', 'threads', 'rounds')
 _DECIMALS = ('params_m', 'gmacs', 'median_ms', 'ms_per_image', 'p25_ms', 'p75_ms', 'images_per_s', 'peak_mib')
 
 
@@ -121,10 +121,10 @@ def failed(row: Row, reason: str) -> Row:
 
 def title(row: Row, fields: Sequence[str] = FIELDS[:FIELDS.index('params_m')]) -> str:
     """What a row is of, without what goes without saying."""
-    silent = dict(kind='model', runtime='eager', optimized=0, memory_format='contiguous', allocator='default')
-    numbers = ('size', 'kernel', 'batch', 'threads')
+    silent = dict(kind='model', runtime='eager', memory_format='contiguous', allocator='default')
+    named = ('optimized', 'size', 'kernel', 'batch', 'threads')
     words = [
-        f'{field} {row[field]}' if field in numbers else 'optimized' if field == 'optimized' else str(row[field])
+        f'{field} {row[field]}' if field in named else str(row[field])
         for field in fields if row[field] not in ('', None, silent.get(field))]
     return ' '.join(words)
 

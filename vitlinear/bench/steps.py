@@ -28,6 +28,7 @@ Step = Callable[[], Any]
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
 HEAD_DIM = 64  # of the cores
 KERNEL_SIZE, NUM_QUERIES = 3, 2  # of learned queries as a core
+ALL = 'all'  # steps of optimize_for_inference
 
 
 # models
@@ -191,6 +192,14 @@ def make_step(order: Order) -> Step:
     return synchronised
 
 
+def _optimize(model: nn.Module, order: Order, sample: torch.Tensor) -> nn.Module:
+    done = order['row']['optimized']
+    if not done:
+        return model
+    from vitlinear.optimize import optimize_for_inference
+    return optimize_for_inference(model, None if done == ALL else done.split('+'), sample=sample, inplace=True)
+
+
 def _torch_step(order: Order) -> Step:
     row, device = order['row'], torch.device(order['device'])
     dtype, train, is_model = DTYPES[row['dtype']], row['mode'] == 'train', row['kind'] == 'model'
@@ -201,9 +210,7 @@ def _torch_step(order: Order) -> Step:
     x = torch.rand(row['batch'], *shape, device=device).to(held)  # vicinity attention takes no negative queries
     if row['memory_format'] == 'channels_last':
         module, x = module.to(memory_format=torch.channels_last), x.contiguous(memory_format=torch.channels_last)
-    if row['optimized']:
-        from vitlinear.optimize import optimize_for_inference
-        module = optimize_for_inference(module, sample=x, inplace=True)
+    module = _optimize(module, order, x)
     if row['runtime'] == 'compile':
         module = torch.compile(module)
 
@@ -237,9 +244,7 @@ def export_onnx(order: Order, path: str) -> None:
     model, shape = build(order, torch.device('cpu'), dtype)
     model = model.eval().to(dtype).requires_grad_(False)
     x = torch.rand(row['batch'], *shape).to(dtype)
-    if row['optimized']:
-        from vitlinear.optimize import optimize_for_inference
-        model = optimize_for_inference(model, sample=x, inplace=True)
+    model = _optimize(model, order, x)
     with torch.no_grad():
         torch.onnx.export(model, (x,), path, dynamo=True, verbose=False)
 

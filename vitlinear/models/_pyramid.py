@@ -33,9 +33,10 @@ from ..attention._common import (
 )
 from ..attention.qna import FoldedQnAAttention
 
-# Hidden elements that the MLP evaluates at a time in inference: about the size of the caches of two cores. Measured:
-# 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory traffic.
-MLP_BAND = 2 ** 21
+# Bytes of hidden channels that the MLP evaluates at a time in inference: about the size of the caches of two cores.
+# Measured: 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory
+# traffic.
+MLP_BAND = 2 ** 22
 
 AttnLayer = Union[str, Callable[..., nn.Module]]
 
@@ -77,8 +78,9 @@ def _residual_in_bands(
         out: Where to put the result; may be `x` if there is a norm.
     """
     B, H, W, _ = x.shape
-    images = max(1, MLP_BAND // (H * W * hidden_dim))
-    rows = band_rows(H, W * hidden_dim, MLP_BAND, least=8)
+    row = W * hidden_dim * x.element_size()
+    images = max(1, MLP_BAND // (H * row))
+    rows = band_rows(H, row, MLP_BAND, least=8)
 
     def bands() -> Iterator[Tuple[Tuple[slice, slice], torch.Tensor, int, int]]:
         for b in range(0, B, images):
