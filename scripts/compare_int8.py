@@ -12,7 +12,6 @@ for a CPU; compiled, as it is meant to be, and not where that fails. Adds to the
 """
 import argparse
 import csv
-import io
 import tempfile
 from copy import deepcopy
 from pathlib import Path
@@ -26,7 +25,7 @@ from tqdm import tqdm
 
 import vitlinear  # noqa: F401  registers the models
 from vitlinear.bench.command import machine
-from vitlinear.checkpoints.records import write_text
+from vitlinear.checkpoints.records import csv_text, write_text
 from vitlinear.quantize import OnnxModel, calibration_batches, export_onnx, quantize_onnx, time_passes
 
 FIELDS = ('model', 'size', 'runtime', 'top1', 'images', 'ms', 'threads', 'cpu', 'torch', 'note')
@@ -105,11 +104,7 @@ def main() -> None:
         rows = compare(name, args)
         for row in rows:
             print(f"{name} {row['runtime']}: {row['top1'] or '-'} %, {row['ms'] or '-'} ms {row['note']}", flush=True)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(kept + rows)
-        write_text(args.out, text.getvalue())
+        write_text(args.out, csv_text(FIELDS, kept + rows))
 
 
 if __name__ == '__main__':

@@ -10,14 +10,12 @@ has the sizes published for SegFormer's encoders B1, B2, B3 and B5 (arXiv 2105.1
 Savings are in percent of the peer.
 """
 import argparse
-import csv
-import io
 from pathlib import Path
 
 import timm
 
 import vitlinear  # noqa: F401
-from vitlinear.checkpoints.records import write_text
+from vitlinear.checkpoints.records import csv_text, write_text
 from vitlinear.info import count_macs
 
 PEERS = {'gkvit_nano': 'b0', 'gkvit_tiny': 'b1', 'gkvit_small': 'b2', 'gkvit_base': 'b3', 'gkvit_large': 'b5'}
@@ -49,11 +47,7 @@ def main() -> None:
     for row in [dict(zip(FIELDS, FIELDS)), *rows]:
         print('  '.join(f'{row[field]:>13}' for field in FIELDS))
     if args.out:
-        text = io.StringIO()
-        writer = csv.DictWriter(text, FIELDS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(rows)
-        write_text(args.out, text.getvalue())
+        write_text(args.out, csv_text(FIELDS, rows))
 
 
 if __name__ == '__main__':

@@ -39,7 +39,6 @@ over the seeds of each setting.
 import argparse
 import csv
 import hashlib
-import io
 import os
 import statistics
 import subprocess
@@ -186,11 +185,8 @@ def write(path: Path, text: str) -> None:
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, fields, lineterminator='\n')
-    writer.writeheader()
-    writer.writerows(rows)
-    write(path, text.getvalue())
+    from vitlinear.checkpoints.records import csv_text
+    write(path, csv_text(fields, rows))
 
 
 def key_of(row: Dict[str, str]) -> tuple:

@@ -138,17 +138,11 @@ def test_families_have_hues_and_peers_are_grey():
     assert module._styles(['xnorm'])['xnorm']['color'] == module._styles(['xvit_tiny'])['xvit_tiny']['color']
 
 
-@pytest.mark.parametrize('old', [False, True])
-def test_cores(figures, tmp_path, old: bool):
-    rows = core_rows()
-    if old:  # as in files from before there was a column for the kind
-        for r in rows:
-            r.update(model=f'{r["model"]} (128 channels)')
-            del r['kind'], r['kwargs']
-    assert names(plot(rows, tmp_path, ['svg'])) == ['cores_infer_fp32_batch1_2threads_default.svg']
+def test_cores(figures, tmp_path):
+    assert names(plot(core_rows(), tmp_path, ['svg'])) == ['cores_infer_fp32_batch1_2threads_default.svg']
     figure, = figures.values()
     said, ax = texts(figure), figure.axes[0]
-    assert '260 tokens' in said and 'linear' not in said and said[0].endswith('128 channels' if old else 'dim=128')
+    assert '260 tokens' in said and 'linear' not in said and said[0].endswith('dim=128')
     ring, = (line for line in ax.lines if line.get_markerfacecolor() == 'none')
     assert (ring.get_xdata(), ring.get_ydata()) == (pytest.approx([256]), pytest.approx([16.]))
 

@@ -539,6 +539,7 @@ def test_bands_that_do_not_pay(images: int):
 def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
     torch.manual_seed(0)
     attn = VicinityAttention(32, 2)
+    norm = torch.nn.LayerNorm(32)
     x = torch.randn(2, 30, 30, 32)
     monkeypatch.setattr(vicinity, 'BAND', 5000)
     for name in ('BANDS_FROM', 'BANDS_FROM_BFLOAT16'):
@@ -547,7 +548,9 @@ def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
         expected = attn(x)
         with torch.autocast('cpu', dtype):
             mixed = attn(x)
+            summed, parts = attn.in_bands(x, norm), x + attn(norm(x))
         half = attn.to(dtype)(x.to(dtype))
-    assert mixed.dtype == half.dtype == dtype
+    assert mixed.dtype == half.dtype == dtype and summed.dtype == torch.float32
+    assert (summed - parts).abs().max() < .01 * parts.abs().max()
     for out in (mixed, half):
         assert (out.float() - expected).abs().max() < .03 * expected.abs().max()

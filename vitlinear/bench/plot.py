@@ -59,15 +59,10 @@ def _number(text: Optional[str]) -> Optional[float]:
 
 
 def _read(row: Mapping[str, str]) -> Optional[_Row]:
-    """A row of any version of the CSV files, or None where it holds no measurement."""
+    """A row of a file of measurements, or None where it holds none."""
     size = _number(row.get('size'))
     if size is None or not row.get('model') or (row.get('status') or 'ok') != 'ok':
         return None
-    model, kwargs, kind = row['model'], row.get('kwargs') or '', row.get('kind')
-    if not kind:  # files from before there was such a column
-        layer = re.fullmatch(r'(\w+) \((\d+ channels)\)', model)
-        kind = ('layer' if row.get('kernel') else 'core') if layer else 'model'
-        model, kwargs = layer.groups() if layer else model.partition(' ')[::2]
     batch, threads = _number(row.get('batch')) or 1., _number(row.get('threads'))
     ms = [_number(row.get(name)) for name in ('median_ms', 'p25_ms', 'p75_ms')]
     condition = (
@@ -77,7 +72,8 @@ def _read(row: Mapping[str, str]) -> Optional[_Row]:
             ('runtime', 'eager'), ('memory_format', 'contiguous'))),
         f'optimized {row["optimized"]}' if row.get('optimized') else '')
     return _Row(
-        kind, model, kwargs, round(size), (*filter(None, condition), row.get('cpu') or ''),
+        row.get('kind') or 'model', row['model'], row.get('kwargs') or '', round(size),
+        (*filter(None, condition), row.get('cpu') or ''),
         tuple((value or ms[0]) / batch for value in ms) if ms[0] else None, _number(row.get('peak_mib')), row)
 
 

@@ -1,6 +1,5 @@
 """What the operators of a pass take, one after the other."""
 import csv
-import io
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import Any, Callable, Dict, List, Sequence
 from torch.profiler import ProfilerActivity, profile
 
 from .._script import UsageError
-from ..checkpoints.records import write_text
+from ..checkpoints.records import csv_text, write_text
 from .rows import FIELDS, Row, title
 
 FIELDS_OF_POINT = (*FIELDS[:FIELDS.index('params_m')], 'cpu', 'torch')
@@ -45,7 +44,7 @@ def operators(step: Callable[[], Any]) -> List[Row]:
         calls[name] += event.count
         ms[name] += event.self_cpu_time_total / 1e3
     ms[OUTSIDE] = max(0., total - sum(ms.values()))
-    for name in [name for name in ms if ms[name] < LEAST * total]:
+    for name in [name for name in ms if ms[name] < LEAST * total and name != OUTSIDE]:
         calls[OTHERS] += calls.pop(name, 0)
         ms[OTHERS] += ms.pop(name)
     return [
@@ -88,11 +87,7 @@ class Profiles:
         point = {field: '' if row[field] is None else str(row[field]) for field in FIELDS_OF_POINT}
         kept = [r for r in self.rows if any(r[field] != value for field, value in point.items())]
         self.rows = kept + [{**point, **operator} for operator in found]
-        out = io.StringIO(newline='')
-        writer = csv.DictWriter(out, (*FIELDS_OF_POINT, *FIELDS_OF_OPERATOR), lineterminator='\n')
-        writer.writeheader()
-        writer.writerows(self.rows)
         try:
-            write_text(self.path, out.getvalue())
+            write_text(self.path, csv_text((*FIELDS_OF_POINT, *FIELDS_OF_OPERATOR), self.rows))
         except OSError as e:
             raise UsageError(f'--profile {self.path} cannot be written: {e.strerror or e}') from e

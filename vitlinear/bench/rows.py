@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Dict, List, Optional, Sequence, Tuple
 
 from .._script import UsageError
-from ..checkpoints.records import write_text
+from ..checkpoints.records import csv_text, write_text
 
 Row = Dict[str, Any]
 
@@ -70,15 +70,13 @@ def write_rows(rows: Sequence[Row], path: Path) -> None:
     Raises:
         UsageError: It cannot be written.
     """
-    out = io.StringIO(newline='')
     if path.suffix == '.json':
-        out.write(json.dumps([{k: None if v == '' else v for k, v in row.items()} for row in rows], indent=1) + '\n')
+        text = json.dumps([{k: None if v == '' else v for k, v in row.items()} for row in rows], indent=1) + '\n'
     else:
-        writer = csv.DictWriter(out, FIELDS, lineterminator='\n')
-        writer.writeheader()
-        writer.writerows({k: f'{v:g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows)
+        text = csv_text(
+            FIELDS, ({k: f'{v:g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows))
     try:
-        write_text(path, out.getvalue())
+        write_text(path, text)
     except OSError as e:
         raise UsageError(f'{path} cannot be written: {e.strerror or e}') from e
 

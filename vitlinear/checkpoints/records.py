@@ -3,14 +3,18 @@
 The registry's default cfgs, the model cards, the tables, the checks after a download and the tests all read them from
 here. Reading needs neither torch nor timm, for it happens when the package is imported.
 """
+import csv
 import difflib
+import io
 import json
 import os
 import re
 import tempfile
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union, get_args, get_origin, get_type_hints
+from typing import (
+    Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, get_args, get_origin, get_type_hints,
+)
 
 __all__ = [
     'Cfg', 'Dataset', 'Hub', 'Metric', 'Provenance', 'Record', 'Training',
@@ -273,6 +277,15 @@ def write_text(path: Union[str, os.PathLike], text: str) -> None:
     except BaseException:
         os.unlink(new)
         raise
+
+
+def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:
+    """A CSV file with a line of headings."""
+    out = io.StringIO(newline='')
+    writer = csv.DictWriter(out, fields, lineterminator='\n')
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
 
 
 def record_text(record: Record) -> str:
