@@ -27,7 +27,8 @@ CLAMP_MIN = 1e-4
 CLAMP_MAX = 1e4
 
 # Measured on two cores: positions from which the row and column form wins over the feature form; positions from which,
-# in inference, one image at a time wins over a batch, and bands of rows over whole images; input elements of a band.
+# in inference, one image at a time wins over a batch, and bands of rows, or of several images, over whole maps (in
+# bfloat16, whose sums over keys are faster there, from smaller maps on); input elements of a band.
 SEPARABLE_FROM = 1024
 IMAGES_FROM = 512
 BANDS_FROM = 4096
