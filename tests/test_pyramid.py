@@ -1,8 +1,12 @@
 """The timm contract that the families share, where timm's own suite does not look."""
 import copy
 import logging
+import os
 import pickle
+import platform
 import re
+import subprocess
+import sys
 from typing import Callable, Tuple
 
 import pytest
@@ -777,3 +781,41 @@ def test_creation_is_quiet(caplog, capsys, backbone: str):
     with caplog.at_level(logging.WARNING):
         timm.create_model(backbone)
     assert not caplog.records and capsys.readouterr() == ('', '')
+
+
+@pytest.mark.parametrize('size', [3, 40])
+def test_patch_embed_in_inference(size: int):
+    """Maps with fewer values than the kernel, whose format the convolution is spared, and larger ones."""
+    torch.manual_seed(0)
+    embed = _pyramid.PatchEmbed(8, 16).double()
+    x = torch.randn(2, 8, size, size + 1, dtype=torch.float64)
+    assert (x.numel() < embed.proj.weight.numel()) == (size == 3)
+    expected = embed(x)
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        with torch.no_grad():
+            y = embed(x.contiguous(memory_format=memory_format))
+        torch.testing.assert_close(y, expected)
+        assert y.permute(0, 2, 3, 1).is_contiguous()
+
+
+COUNT_FAULTS = """
+import resource, timm, torch, vitlinear
+
+def faults(count):
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    blocks = [torch.ones(2 ** 20) for _ in range(count)]  # 4 MiB each
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+timm.create_model('vvt_nano', device='meta')
+for count in (10, 10, 4, 6, 8, 10):
+    last = faults(count)
+print(last)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != 'glibc', reason='about the allocator of glibc')
+def test_freed_memory_is_kept():
+    """Ten blocks of 4 MiB, freed together, are had again: by default the kernel nearly always clears 10,240 pages."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(('MALLOC_', 'GLIBC_TUNABLES', 'LD_PRELOAD'))}
+    done = subprocess.run([sys.executable, '-c', COUNT_FAULTS], env=env, capture_output=True, check=True)
+    assert int(done.stdout) < 100

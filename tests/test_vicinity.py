@@ -508,7 +508,6 @@ def test_bands_of_inference(monkeypatch, locality: str, clamp: bool):
     norm = torch.nn.LayerNorm(24).double()
     expected, summed = attn(x), x + attn(norm(x))
     monkeypatch.setattr(attn, '_forward', None)  # not to be called
-    monkeypatch.setattr(vicinity, 'BANDS_FROM', 1)
     strided = torch.cat([x, x], dim=2)[:, :, :17]
     for band in (1, 2000, 7000, 2 ** 15, 2 ** 18):  # of some rows, of an image, of two, of all
         monkeypatch.setattr(vicinity, 'BAND', band)
@@ -542,8 +541,6 @@ def test_bands_of_inference_in_half_precision(monkeypatch, dtype: torch.dtype):
     norm = torch.nn.LayerNorm(32)
     x = torch.randn(2, 30, 30, 32)
     monkeypatch.setattr(vicinity, 'BAND', 5000)
-    for name in ('BANDS_FROM', 'BANDS_FROM_BFLOAT16'):
-        monkeypatch.setattr(vicinity, name, 1)
     with torch.no_grad():
         expected = attn(x)
         with torch.autocast('cpu', dtype):

@@ -5,9 +5,11 @@ timm may rename what starts with an underscore: this is the only file such a ren
 import json
 import os
 from dataclasses import fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
 
+import torch
 from torch import nn
 
 from timm.models import (
@@ -153,6 +155,18 @@ def _locate(
     return None, {}
 
 
+@lru_cache(maxsize=None)
+def _keep_freed_memory() -> None:
+    """Have glibc keep up to 64 MiB of freed memory for the layers to come; once per process.
+
+    It hands memory back to the kernel, which clears it anew for the next layer, from twice the size of the largest
+    block of up to 32 MiB that was freed so far (mallopt(3)). One such block raises that for good, and costs nothing, as
+    it is never written to. Measured on two cores: gkvit_nano takes 0.71 of the time for 128 images of 32 x 32. A bound
+    that the user sets (MALLOC_TRIM_THRESHOLD_) stays as it is, and so do other allocators.
+    """
+    torch.empty(2 ** 25 - 2 ** 16, dtype=torch.uint8, device='cpu')
+
+
 def build_model(
         model_cls: Type[nn.Module],
         variant: str,
@@ -173,6 +187,7 @@ def build_model(
         HubError: `pretrained` is set and the weights cannot be had from the Hub.
         IntegrityError: `pretrained` is set and the weights are not the published ones.
     """
+    _keep_freed_memory()
     overlay = dict(pretrained_cfg_overlay or {})
     source = path = None
     if pretrained:

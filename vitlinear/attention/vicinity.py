@@ -19,21 +19,27 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import band_rows, call_linear, check_heads, is_eager, is_plain, merge_heads, split_heads, use_bands
+from ._common import (
+    band_rows,
+    call_linear,
+    check_heads,
+    is_eager,
+    is_plain,
+    merge_heads,
+    pointwise,
+    split_heads,
+    use_bands,
+)
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 IMPLEMENTATIONS = ('auto', 'separable', 'features')
 CLAMP_MIN = 1e-4
 CLAMP_MAX = 1e4
 
-# Measured on two cores: positions from which the row and column form wins over the feature form; positions from which,
-# in inference, one image at a time wins over a batch, and bands of rows, or of several images, over whole maps (in
-# bfloat16, whose sums over keys are faster there, from smaller maps on); input elements of a band.
+# Measured on two cores: positions from which the row and column form wins over the feature form, and input elements of
+# a band of rows, or of several images, in inference.
 SEPARABLE_FROM = 1024
-IMAGES_FROM = 512
-BANDS_FROM = 4096
-BANDS_FROM_BFLOAT16 = 128
-BAND = 2 ** 19
+BAND = 2 ** 20
 
 
 def _clamp_magnitude_(x: torch.Tensor) -> torch.Tensor:
@@ -149,7 +155,7 @@ def _regroup(x: torch.Tensor, num: int) -> torch.Tensor:
 
 def _append_ones(v: torch.Tensor) -> torch.Tensor:
     """One more channel, of ones, so that the same products give numerators and denominators."""
-    return torch.cat([v, torch.ones_like(v[:, :, :1])], dim=2)
+    return F.pad(v, [0, 0, 0, 1], value=1.)
 
 
 def _sum_keys(k: torch.Tensor, v: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -430,9 +436,15 @@ class VicinityAttention(nn.Module):
         # after the gate only the upper bound can be met: |x| >= 1e-4 or x = 0 before, and the gate exceeds 1
         return (clamp_magnitude(x) * gate).clamp(-upper, upper)
 
-    def _pays_in_bands(self, x: torch.Tensor) -> bool:
-        least = BANDS_FROM_BFLOAT16 if x.dtype == torch.bfloat16 else BANDS_FROM
-        return self.impl == 'auto' and x.shape[1] * x.shape[2] >= least and is_plain(self.qkv) and is_plain(self.proj)
+    @torch.jit.unused
+    def _positions_last(self, x: torch.Tensor) -> torch.Tensor:
+        """Queries, keys and values of positions (B, N, C), as (B, 3, heads, d, N)."""
+        if x.dtype == torch.bfloat16:  # oneDNN has this product
+            x, weight = x.transpose(1, 2), self.qkv.weight.expand(len(x), -1, -1)
+            x = torch.baddbmm(self.qkv.bias.unsqueeze(1), weight, x)
+        else:
+            x = pointwise(x, self.qkv).transpose(1, 2).contiguous()
+        return x.unflatten(1, [3, self.num_heads, -1])
 
     @torch.jit.unused
     def in_bands(
@@ -451,55 +463,56 @@ class VicinityAttention(nn.Module):
             norm: Norm in front of the layer, with which the map itself is added to the result.
             out: Where the result may be put, `x` itself with a norm, or None.
         """
-        B, H, W, C = x.shape
-        if not self._pays_in_bands(x):
-            y = x if norm is None else norm(x)
-            one_by_one = self.impl == 'auto' and H * W >= IMAGES_FROM and B > 1
-            y = torch.cat([self._forward(image) for image in y.split(1)]) if one_by_one else self._forward(y)
+        if self.impl != 'auto' or not (is_plain(self.qkv) and is_plain(self.proj)):
+            y = self._forward(x if norm is None else norm(x))
             return y if norm is None else torch.add(x, y, out=out)
 
-        N, r, heads = H * W, self.reduced_dim, self.num_heads
+        B, H, W, C = x.shape
+        N = H * W
         images, rows = max(1, BAND // (N * C)), band_rows(H, W * C, BAND)
         bands = [(slice(i, i + rows), slice(i * W, (i + rows) * W)) for i in range(0, H, rows)]  # rows, positions
         for b in range(0, B, images):
             group, size = slice(b, b + images), min(images, B - b)
-            weight, proj = self.qkv.weight.expand(size, -1, -1), self.proj.weight.t().expand(size, -1, -1)
             kv = mean = queries = None
             for band, where in bands:
                 y = x[group, band].flatten(1, 2)
                 if norm is not None:
                     y = norm(y)
                 wide = torch.promote_types(y.dtype, torch.float32)
-                band_mean = y.sum(dim=1, dtype=wide) / N
-                y = torch.baddbmm(self.qkv.bias.unsqueeze(1), weight, y.transpose(1, 2))  # (size, 3 r, positions)
+                band_mean = y.sum(dim=1, dtype=wide).div_(N)
+                y = self._positions_last(y)  # (size, 3, heads, d, positions)
                 if queries is None:
-                    queries = y.new_empty(size, r, N)
                     # bfloat16 has the range that sums over positions need; products of it are summed in float32
                     product = torch.bfloat16 if y.dtype == torch.bfloat16 else wide
                     features = _table(_position_features, y.new_empty(0, dtype=wide), H, W, self.locality).to(product)
-                torch.clamp(y[:, :r], min=0, out=queries[:, :, where])
-                k, v = y[:, r:].to(product).unflatten(1, [2, heads, -1]).unbind(1)
+                    queries = y[:, 0] if len(bands) == 1 else y.new_empty(size, *y.shape[2:-1], N)
+                F.relu_(y[:, :2])
+                if len(bands) > 1:
+                    queries[..., where] = y[:, 0]
+                k, v = y[:, 1].to(product), y[:, 2].to(product)
                 with torch.autocast(device_type=x.device.type, enabled=False):
-                    band_kv = _sum_keys(k.relu_(), v, features[..., where]).to(wide)
+                    band_kv = _sum_keys(k, v, features[..., where]).to(wide)
                 kv, mean = (band_kv, band_mean) if kv is None else (kv.add_(band_kv), mean.add_(band_mean))
             if self.clamp:
-                kv = _clamp_sums(kv)
+                _clamp_magnitude_(kv[..., :-1])  # the authors leave the sums of the denominator as they are
             kv = kv.to(product).transpose(-2, -1)
             gate = (1 + self.fpc(mean.to(x.dtype))).view(size, 1, 1, C).to(queries.dtype)
             for band, where in bands:
-                q = queries[:, :, where].to(product).unflatten(1, [heads, -1])
+                q = queries[..., where].to(product)
                 with torch.autocast(device_type=x.device.type, enabled=False):
                     y = (kv @ _weighted(q, features[..., where])).to(wide)
-                y = _normalise_(y[:, :, :-1], y[:, :, -1:], self.clamp, self.eps).flatten(1, 2).to(queries.dtype)
-                y = torch.baddbmm(self.proj.bias, y.transpose(1, 2), proj).unflatten(1, [-1, W])
+                y = _normalise_(y[:, :, :-1], y[:, :, -1:], self.clamp, self.eps).to(queries.dtype)
+                y = pointwise(y.permute(0, 3, 1, 2).flatten(2), self.proj).unflatten(1, [-1, W])
+                band_gate = gate
                 if self.clamp:
                     # the upper bound is met after the gate, which exceeds 1, as well
-                    sign, upper = y.sign(), CLAMP_MAX / gate
-                    y = torch.clamp(y.abs_(), torch.full_like(upper, CLAMP_MIN), upper, out=y).mul_(sign)
+                    band_gate = y.sign().mul_(gate)
+                    y.abs_().clamp_(min=CLAMP_MIN)
+                    torch.minimum(y, CLAMP_MAX / gate, out=y)
                 if out is None:
                     out = y.new_empty(x.shape, dtype=y.dtype if norm is None else torch.result_type(x, y))
                 if norm is None:
-                    torch.mul(y, gate, out=out[group, band])
+                    torch.mul(y, band_gate, out=out[group, band])
                 else:
-                    torch.addcmul(x[group, band], y, gate, out=out[group, band])
+                    torch.addcmul(x[group, band], y, band_gate, out=out[group, band])
         return out
