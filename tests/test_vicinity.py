@@ -522,10 +522,10 @@ def test_bands_of_inference(monkeypatch, locality: str, clamp: bool):
 
 
 @pytest.mark.parametrize('images', [1, 3])
-def test_bands_that_do_not_pay(images: int):
-    """Small maps and layers that are not plain take the other form, with the norm and sum of a block as well."""
+def test_without_bands(images: int):
+    """A layer whose order of evaluation is chosen is not taken in bands, with the norm and sum of a block as well."""
     torch.manual_seed(0)
-    attn, norm = VicinityAttention(24, 3).double(), torch.nn.LayerNorm(24).double()
+    attn, norm = VicinityAttention(24, 3, impl='features').double(), torch.nn.LayerNorm(24).double()
     x = torch.randn(images, 33, 17, 24, dtype=torch.float64)
     expected = x + attn(norm(x))
     with torch.no_grad():
