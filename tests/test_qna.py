@@ -248,16 +248,6 @@ def test_gradients_of_some_inputs(needed: int):
         torch.autograd.grad(out, args[needed], randn(*out.shape, seed=1, dtype=torch.float64))[0], expected)
 
 
-def test_second_derivatives_are_refused():
-    """By the hand-written backward of 'conv'; 'shift' has them."""
-    args = [x.requires_grad_() for x in inputs(1, 3, 3, 1, 2, 3)]
-    grad = torch.autograd.grad(qna_attention(*args, impl='shift').square().sum(), args[0], create_graph=True)[0]
-    assert torch.isfinite(torch.autograd.grad(grad.sum(), args[1])[0]).all()
-    with pytest.raises(RuntimeError, match='differentiate twice'):
-        grad = torch.autograd.grad(qna_attention(*args, impl='conv').square().sum(), args[0], create_graph=True)[0]
-        grad.sum().backward()
-
-
 # properties
 
 @pytest.mark.parametrize('impl', IMPLS)

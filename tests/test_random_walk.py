@@ -136,14 +136,6 @@ def test_gradcheck():
     assert torch.autograd.gradgradcheck(plain, args)
 
 
-def test_second_derivative_is_refused():
-    """Rather than wrong."""
-    q, k, v = (x.requires_grad_() for x in inputs(5, 4))
-    grad = torch.autograd.grad(random_walk_attention(q, k, v, features='elu').square().sum(), q, create_graph=True)[0]
-    with pytest.raises(RuntimeError, match='once_differentiable'):
-        grad.sum().backward()
-
-
 @pytest.mark.parametrize('beta', [None, .5])
 def test_both_signed_forms_agree(beta: Optional[float]):
     """That of compilers, whose gradients are autograd's, and the one with a backward pass of its own."""

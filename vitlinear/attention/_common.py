@@ -1,7 +1,7 @@
 """What several mechanisms need."""
 import math
 from functools import partial
-from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Type, TypeVar
+from typing import Any, Callable, Iterable, Iterator, Optional, Sequence, Tuple, Type, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +49,28 @@ def inverse_norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Ten
     square = wide.square().sum(dim=dim, keepdim=True)  # several times as fast as linalg.vector_norm on short axes
     least = eps * eps
     return torch.where(square > least, square.clamp(min=least).rsqrt(), 0.)
+
+
+def differentiate(
+        plain: Callable[..., torch.Tensor],
+        inputs: Sequence[Optional[torch.Tensor]],
+        grad: torch.Tensor,
+) -> Tuple[Optional[torch.Tensor], ...]:
+    """Gradients of `plain(*inputs)` that can be differentiated again.
+
+    For hand-written backward passes that are asked for a graph (`create_graph=True`): what they keep from the forward
+    pass would count as constant in a second derivative.
+
+    Args:
+        plain: The function in operations that autograd knows.
+        inputs: Its arguments; those that require no gradient, and None, get None.
+        grad: Gradient of its result.
+    """
+    # a tensor that is passed twice gets the gradient of each of its places
+    inputs = [x.view_as(x) if x is not None and x.requires_grad else x for x in inputs]
+    wanted = [x for x in inputs if x is not None and x.requires_grad]
+    grads = iter(torch.autograd.grad(plain(*inputs), wanted, grad, create_graph=True))
+    return tuple(next(grads) if x is not None and x.requires_grad else None for x in inputs)
 
 
 def is_eager() -> bool:

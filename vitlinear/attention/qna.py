@@ -23,12 +23,12 @@ from typing import Callable, Iterator, List, Optional, Tuple
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
 from ._common import (
     InferenceCache,
     band_rows,
     check_heads,
+    differentiate,
     init_lecun_,
     is_eager,
     is_plain,
@@ -133,8 +133,15 @@ class _ConvForm(torch.autograd.Function):
         return _conv_form(values, score, kernel, stride, kernel.shape[3] // 2, shift)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad: torch.Tensor):
+        if torch.is_grad_enabled():
+            joint, kernel = ctx.saved_tensors
+            L, heads, stride, shift = ctx.args
+
+            def plain(joint, kernel):
+                with torch.autocast(device_type=joint.device.type, enabled=False):
+                    return _conv_form(*_split(joint, L, heads), kernel, stride, kernel.shape[3] // 2, shift)
+            return (*differentiate(plain, (joint, kernel), grad), None, None, None, None)
         with torch.autocast(device_type=grad.device.type, enabled=False):
             return _ConvForm._backward(grad, *ctx.saved_tensors, *ctx.args)
 

@@ -27,14 +27,14 @@ exports. Divided by 1 - beta^128 it keeps rows that sum to 1. `reference` has th
 there are no more nodes than anchors, eager mode takes the N x N matrices of the edges themselves instead.
 """
 import math
+from functools import partial
 from typing import Optional, Sequence, Tuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.autograd.function import once_differentiable
 
-from ._common import band_rows, call_linear, check_heads, is_eager, is_plain, linear, use_bands
+from ._common import band_rows, call_linear, check_heads, differentiate, is_eager, is_plain, linear, use_bands
 
 # Features that each mode takes, its own first.
 FEATURES = {'walk': ('softmax', 'elu'), 'spectral': ('signed',)}
@@ -160,6 +160,13 @@ def _walk_of_few(
     return out
 
 
+def _walk_in_dtype(q, k, v, temperature, beta, doublings: int) -> torch.Tensor:
+    """`_walk` of tensors of any dtype, in that of the values."""
+    wide = [_at_least_float32(x) for x in (q, k, v)]
+    with torch.autocast(device_type=v.device.type, enabled=False):
+        return _walk(*wide, temperature, beta, doublings).to(v.dtype)
+
+
 class _Walk(torch.autograd.Function):
     """`_walk` whose backward pass keeps q, k, v and the sums, and takes the features again.
 
@@ -186,8 +193,10 @@ class _Walk(torch.autograd.Function):
         return (weighted @ y).to(inputs[2].dtype)
 
     @staticmethod
-    @once_differentiable  # sums are kept, and the second derivative would not see what they depend on
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            inputs = ctx.saved_tensors[:5]
+            return (*differentiate(partial(_walk_in_dtype, doublings=ctx.doublings), inputs, grad), None)
         with torch.autocast(device_type=grad.device.type, enabled=False):
             return (*_Walk._backward(grad, *ctx.saved_tensors, ctx.doublings), None)
 
@@ -263,7 +272,7 @@ def _signed_series(
 ) -> torch.Tensor:
     """What queries meet (..., r, e), from Gram matrices (..., r, r) of means, sums of values, and `nodes` = N M."""
     c_q, c_k = _norm_bound(g_q), _norm_bound(g_k)
-    y = y * (c_q * c_k * nodes).rsqrt()
+    y = y * (c_q.rsqrt() * c_k.rsqrt() * nodes ** -0.5)  # their product would leave the range of float32
     if beta is not None:
         step = (beta.reshape(-1, 1, 1) * (g_k / c_k)) @ (g_q / c_q)
         y = walk_series(step.flatten(0, -3), y.flatten(0, -3), doublings).view_as(y)
@@ -291,6 +300,13 @@ def _spectral(
     return q @ _signed_series(g_q, g_k, y, beta, q.shape[2] * k.shape[2], doublings)
 
 
+def _spectral_in_dtype(q, k, v, beta, doublings: int) -> torch.Tensor:
+    """`_spectral` of tensors of any dtype, in that of the values."""
+    wide = [_at_least_float32(x) for x in (q, k, v)]
+    with torch.autocast(device_type=v.device.type, enabled=False):
+        return _spectral(*wide, beta, doublings).to(v.dtype)
+
+
 class _Spectral(torch.autograd.Function):
     """`_spectral` whose backward pass keeps q, k, v as they came and r x r sums, no copies of q, k, v in float32."""
 
@@ -304,8 +320,10 @@ class _Spectral(torch.autograd.Function):
         return (q @ _signed_series(*sums, beta, q.shape[2] * k.shape[2], doublings)).to(inputs[2].dtype)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad):
+        if torch.is_grad_enabled():
+            inputs = ctx.saved_tensors[:4]
+            return (*differentiate(partial(_spectral_in_dtype, doublings=ctx.doublings), inputs, grad), None)
         with torch.autocast(device_type=grad.device.type, enabled=False):
             return (*_Spectral._backward(grad, *ctx.saved_tensors, ctx.doublings), None)
 
@@ -334,7 +352,7 @@ def _spectral_of_few(
     """The same from N x N matrices, those of queries having the eigenvalues of their Gram matrix; as `_walk_of_few`."""
     N, M = q.shape[2], k.shape[2]
     c_q, c_k = _norm_bound(q @ q.transpose(-2, -1) / N), _norm_bound(k @ k.transpose(-2, -1) / M)
-    edges = (q @ k.transpose(-2, -1)) * (c_q * c_k * (N * M)).rsqrt()
+    edges = (q @ k.transpose(-2, -1)) * (c_q.rsqrt() * c_k.rsqrt() * (N * M) ** -0.5)
     out = edges @ v
     if beta is not None:
         step = beta * (edges @ edges.transpose(-2, -1))

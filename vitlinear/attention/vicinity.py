@@ -12,7 +12,7 @@ be taken before it meets the queries. The paper speaks of the Manhattan distance
 authors' released code computes, and what its weights were trained with.
 """
 import math
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Callable, Optional
 
 import torch
@@ -23,7 +23,7 @@ from ._common import (
     band_rows,
     call_linear,
     check_heads,
-    is_eager,
+    differentiate,
     is_plain,
     merge_heads,
     pointwise,
@@ -178,7 +178,7 @@ def _by_features(
 ) -> torch.Tensor:
     """(B, heads, d, N) queries, keys and values and (F, 1, N) factors: one product over the F d kernel features.
 
-    For TorchScript, which cannot compile `_ByFeatures`.
+    For TorchScript, which cannot compile `_ByFeatures`, and for second derivatives.
     """
     kv = _sum_keys(k, v, features)
     if clamp:
@@ -208,13 +208,16 @@ class _ByFeatures(torch.autograd.Function):
             out = _clamp_magnitude_(numerator / denominator.clamp(max=CLAMP_MAX))
         else:
             out = numerator / denominator
-        ctx.clamp = clamp
+        ctx.clamp, ctx.eps = clamp, eps
         ctx.save_for_backward(q, k, v, features, kv, numerator if clamp else None, denominator, out)
         return out
 
     @staticmethod
     def backward(ctx, grad):
         q, k, v, features, kv, numerator, denominator, out = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            plain = partial(_by_features, features=features, clamp=ctx.clamp, eps=ctx.eps)
+            return (*differentiate(plain, (q, k, v), grad), None, None, None)
         e, num = v.shape[2], features.shape[0]
         divisor = denominator.clamp(max=CLAMP_MAX) if ctx.clamp else denominator
         if ctx.clamp:
@@ -273,8 +276,9 @@ def _vicinity_attention(
         q, k, v = q.float(), k.float(), v.float()
     B, heads, H, W, _ = q.shape
     if not torch.jit.is_scripting():
-        # by size in eager mode only: graphs that are traced or exported shall hold for every size
-        if impl == 'separable' or (impl == 'auto' and locality == '2d' and is_eager() and H * W >= SEPARABLE_FROM):
+        # graphs that are traced or exported shall hold for every size; compiled ones are made for theirs
+        by_size = not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+        if impl == 'separable' or (impl == 'auto' and locality == '2d' and by_size and H * W >= SEPARABLE_FROM):
             return _by_axes(q, k, v, clamp, eps).to(dtype)
     if torch.jit.is_scripting():
         features = _position_features(H, W, locality, q)
