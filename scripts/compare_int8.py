@@ -24,9 +24,9 @@ from torch import nn
 from tqdm import tqdm
 
 import vitlinear  # noqa: F401  registers the models
-from vitlinear.bench.command import machine
-from vitlinear.checkpoints.records import csv_text, write_text
-from vitlinear.quantize import OnnxModel, calibration_batches, export_onnx, quantize_onnx, time_passes
+from vitlinear.tools.bench.command import machine
+from vitlinear.zoo.records import csv_text, write_text
+from vitlinear.tools.quantize import OnnxModel, calibration_batches, export_onnx, quantize_onnx, time_passes
 
 FIELDS = ('model', 'size', 'runtime', 'top1', 'images', 'ms', 'threads', 'cpu', 'torch', 'note')
 

@@ -59,7 +59,7 @@ def learned_betas(folder: Path, data_dir: str) -> Dict[str, str]:
     """Mean of beta in each stage, empty where it is not learned."""
     from timm.utils import load_checkpoint_metadata
 
-    from vitlinear.attention.random_walk import MAX_BETA
+    from vitlinear.ops.random_walk import MAX_BETA
     state = load_checkpoint_metadata(str(folder / 'last.pth.tar'))['state_dict']
     betas = {}
     for i in range(STAGES):
@@ -74,7 +74,7 @@ def switch(folder: Path, data_dir: str) -> Dict[str, str]:
     import torch
     from timm.data import create_loader, resolve_data_config
 
-    from vitlinear import _script
+    from vitlinear.tools import _script
     args = argparse.Namespace(**yaml.safe_load((folder / 'args.yaml').read_text()))
     args.data_dir = data_dir
     # the end of the ramp, which is not in the state dict: thresholds of 1
@@ -179,13 +179,13 @@ def read_rows(path: Path) -> List[Dict[str, str]]:
 
 def write(path: Path, text: str) -> None:
     """All at once, so that the file is whole whenever this is interrupted."""
-    from vitlinear.checkpoints.records import write_text
+    from vitlinear.zoo.records import write_text
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
 
 
 def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:
-    from vitlinear.checkpoints.records import csv_text
+    from vitlinear.zoo.records import csv_text
     write(path, csv_text(fields, rows))
 
 
@@ -196,7 +196,7 @@ def key_of(row: Dict[str, str]) -> tuple:
 def launch(argv: Sequence[str], processes: int) -> None:
     torchrun = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}'] if processes > 1 else []
     env = {**os.environ, 'PYTHONPATH': os.pathsep.join(filter(None, [str(ROOT), os.environ.get('PYTHONPATH')]))}
-    subprocess.run([sys.executable, *torchrun, '-m', 'vitlinear.train', *argv], env=env, check=True)
+    subprocess.run([sys.executable, *torchrun, '-m', 'vitlinear.tools.train', *argv], env=env, check=True)
 
 
 def train(row: Dict[str, str], recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, str]:

@@ -123,7 +123,7 @@ def run(job: Dict[str, Any]) -> None:
 def main() -> None:
     import torch
 
-    import vitlinear.checkpoints.publish  # noqa: F401  what jobs need, imported once
+    import vitlinear.tools.publish  # noqa: F401  what jobs need, imported once
     torch.set_num_threads(1)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     print('ready', flush=True)

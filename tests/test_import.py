@@ -44,7 +44,7 @@ print(json.dumps(dict(
     same_state=state == (
         torch.get_default_dtype(), torch.is_grad_enabled(), torch.initial_seed(), torch.get_num_threads())
         and torch.equal(rng, torch.random.get_rng_state()),
-    optional=sorted(set(sys.modules) & {'matplotlib', 'onnx', 'onnxruntime', 'tensorboard', 'vitlinear.train'}),
+    optional=sorted(set(sys.modules) & {'matplotlib', 'onnx', 'onnxruntime', 'tensorboard', 'vitlinear.tools.train'}),
 )))
 '''
 

@@ -4,7 +4,7 @@ Importing this package registers its models, after which `timm.create_model('vvt
 takes a timm model name works with them. Nothing else happens at import.
 """
 from . import models
-from .checkpoints.hub import set_hub_org
+from .zoo.hub import set_hub_org
 
 __version__ = '0.1.0'
 

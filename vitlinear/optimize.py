@@ -10,7 +10,7 @@ from torch import nn
 from timm.layers import Attention, BatchNormAct2d, ConvNormAct, DropPath, LayerScale, Mlp as TokenMlp
 from timm.models.vision_transformer import Block as TokenBlock
 
-from .attention import (
+from .ops import (
     LinearAngularAttention,
     LinearAttention,
     QnAAttention,
@@ -20,9 +20,9 @@ from .attention import (
     XNormAttention,
     XNormClassAttention,
 )
-from .attention._common import PackedConv2d, PackedLinear, has_hooks, has_onednn, is_plain, pack
-from .attention.linear_angular import LinearAngular
-from .attention.qna import FoldedQnAAttention
+from .ops._common import PackedConv2d, PackedLinear, has_hooks, has_onednn, is_plain, pack
+from .ops.linear_angular import LinearAngular
+from .ops.qna import FoldedQnAAttention
 from .models._castling import Castling
 from .models._pyramid import ConvMlp, Mlp, fold_batch_norm, reparameterize
 from .models.castling_vit import CastlingTokenAttention

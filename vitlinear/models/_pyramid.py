@@ -17,9 +17,9 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
-from .._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
-from ..attention import ATTENTION_LAYERS, get_attention_layer
-from ..attention._common import (
+from ._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
+from ..ops import ATTENTION_LAYERS, get_attention_layer
+from ..ops._common import (
     band_rows,
     depthwise,
     has_hooks,
@@ -31,7 +31,7 @@ from ..attention._common import (
     pointwise,
     use_bands,
 )
-from ..attention.qna import FoldedQnAAttention
+from ..ops.qna import FoldedQnAAttention
 
 # Bytes of hidden channels that the MLP evaluates at a time in inference: about the size of the caches of two cores.
 # Measured: 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory
@@ -763,7 +763,7 @@ class Pyramid(HierarchicalModel):
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             patch_size: Kernel of the stem convolution, odd.
             patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
-            attn_layer: Mechanism by name (see `vitlinear.attention.ATTENTION_LAYERS`), or a module class or factory;
+            attn_layer: Mechanism by name (see `vitlinear.ops.ATTENTION_LAYERS`), or a module class or factory;
                 one for all stages or one for each.
             attn_kwargs: Further arguments of the mechanism.
             act_layer: Activation of the MLP.

@@ -23,8 +23,8 @@ from torch import nn
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 
-from .._timm import build_model
-from ..checkpoints.records import weights_cfg
+from ._timm import build_model
+from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
 from ._weights import fit, unwrap
 

@@ -45,16 +45,16 @@ from timm.layers import (
 )
 from timm.models import generate_default_cfgs, register_model
 
-from .._timm import (
+from ._timm import (
     build_model,
     checkpoint,
     feature_take_indices,
     register_notrace_module,
     update_model_input_size,
 )
-from ..attention import XNormClassAttention, get_attention_layer
-from ..attention._common import InferenceCache, has_hooks, is_plain, use_bands
-from ..checkpoints.records import weights_cfg
+from ..ops import XNormClassAttention, get_attention_layer
+from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
+from ..zoo.records import weights_cfg
 from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module
 from ._weights import fit, unwrap
 

@@ -1,0 +1,772 @@
+"""Learned-query attention against numbers from the authors' code, against its windows written out, and in half
+precision."""
+import copy
+import io
+import math
+from typing import Callable, Dict, Sequence
+
+import pytest
+import torch
+from _golden import qna_cases, qna_layer, qna_part, qna_tensors
+from _numerics import TIGHT, assert_close, saved_bytes, value_and_grads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from vitlinear.ops import QnAAttention, qna, qna_attention, reference
+from vitlinear.ops._common import lecun_normal_
+
+LAYERS = [name for name, case in qna_cases().items() if case['kind'] == 'qna_layer']
+WITH_GRADIENTS = [name for name in LAYERS if 'grads' in qna_cases()[name]]
+OVERFLOW = 'qna_k3_s1_q2_overflow'
+IMPLS = ['auto', 'conv', 'shift']
+GOLDEN = dict(rtol=1e-4, atol=2e-5)
+SIZES = [(1, 1), (1, 7), (5, 8), (9, 4), (7, 7)]  # 1 to 7 taps: smaller than the window, of its size, larger
+
+
+def create(*args, seed: int = 0, std: float = 1., **kwargs) -> QnAAttention:
+    """A module in eval mode that is silent nowhere."""
+    torch.manual_seed(seed)
+    module = QnAAttention(*args, **kwargs)
+    with torch.no_grad():
+        for name, p in module.named_parameters():
+            p.normal_(std=std * {'query': 1., 'rel_pos_bias': .6, 'attn_scale': .5}.get(name, p[0].numel() ** -.5))
+        module.k.weight.mul_(3.)
+    return module.eval()
+
+
+def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
+
+
+def inputs(B: int, H: int, W: int, heads: int, d: int, k: int, L: int = 2, spread: float = 2., dtype=torch.float64):
+    """Scores, values, biases and scales."""
+    score, v = spread * randn(B, H, W, L, heads), randn(B, H, W, d, heads, seed=1)
+    bias, scale = (s * randn(L * heads, 1, k, k, seed=i) for i, s in ((2, .6), (3, .5)))
+    return tuple(x.to(dtype) for x in (score, v, bias, scale))
+
+
+def assert_same(actual: Sequence[torch.Tensor], expected: Sequence[torch.Tensor]) -> None:
+    """A value and its gradients, of which those of a score that meets no other are zero up to rounding."""
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, **TIGHT)
+
+
+# the ways to evaluate a module
+
+def through_autograd(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
+    return module(x)
+
+
+def through_inference(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
+    with torch.no_grad():
+        return module(x)
+
+
+def through_bands(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
+    with pytest.MonkeyPatch.context() as m, torch.no_grad():
+        m.setattr(qna, 'BAND', 1)
+        return module(x)
+
+
+def through_layers(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
+    """A hook keeps the projections from being fused."""
+    calls = []
+    handle = module.v.register_forward_hook(lambda *args: calls.append(1))
+    out = module(x)
+    handle.remove()
+    assert calls
+    return out
+
+
+def through_torchscript(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
+    return torch.jit.script(module)(x)
+
+
+PATHS: Dict[str, Callable] = {
+    'autograd': through_autograd, 'inference': through_inference, 'bands': through_bands, 'layers': through_layers}
+
+
+# the authors' numbers
+
+def golden_module(name: str, impl: str = 'auto') -> QnAAttention:
+    case = qna_cases()[name]
+    config = case['config']
+    module = QnAAttention(
+        config['in_features'], config['heads'], config['kernel_size'], config['stride'], config['n_queries'],
+        attn_dim=config['features'], out_dim=config.get('out_features'), qkv_bias=config['use_bias'],
+        proj_bias=config['use_bias'], normalize_query=config['normalize_q'],
+        attn_scale={'normal': 'learned'}.get(config['attn_scale'], config['attn_scale']), impl=impl)
+    module.load_state_dict(qna_layer(qna_part('params:' + case['param_set'])))
+    return module.eval()
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('path', PATHS)
+def test_golden_layers(path: str, impl: str):
+    assert len(LAYERS) == 24 + 4 + 2
+    for name in LAYERS:
+        if name != OVERFLOW or impl != 'conv':
+            x, expected = (qna_tensors()[f'{name}/{what}'] for what in ('input', 'output'))
+            out = PATHS[path](golden_module(name, impl), x)
+            torch.testing.assert_close(out, expected, **GOLDEN, msg=lambda m, name=name: f'{name}: {m}')
+
+
+@pytest.mark.parametrize('name', [name for name in LAYERS if name.endswith(('nonsq', 'outfeat', 'none', 'avg'))])
+def test_golden_layers_scripted(name: str):
+    x, expected = (qna_tensors()[f'{name}/{what}'] for what in ('input', 'output'))
+    torch.testing.assert_close(through_torchscript(golden_module(name), x), expected, **GOLDEN)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('path', ['autograd', 'layers'])
+@pytest.mark.parametrize('name', WITH_GRADIENTS)
+def test_golden_gradients(name: str, path: str, impl: str):
+    module = golden_module(name, impl)
+    x = qna_tensors()[f'{name}/input'].clone().requires_grad_()
+    PATHS[path](module, x).backward(qna_tensors()[f'{name}/cotangent'])
+    assert_close(x.grad, qna_tensors()[f'{name}/grad_input'], rtol=1e-4, atol=1e-5)
+    expected = qna_layer(qna_part(f'{name}/grad_params'))
+    assert expected.keys() == dict(module.named_parameters()).keys() and len(WITH_GRADIENTS) == 4
+    for key, p in module.named_parameters():
+        assert_close(p.grad, expected[key], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize('path', [*PATHS, 'torchscript'])
+def test_overflow(path: str):
+    """Scores spread over several hundred: exact, where 'conv' may be off in a window far below the maximum."""
+    x, expected = (qna_tensors()[f'{OVERFLOW}/{what}'] for what in ('input', 'output'))
+    module = golden_module(OVERFLOW, 'conv')
+    assert not torch.isfinite((x.double() @ module.k.weight.double().t() * 9).float().exp()).all()
+    out = {**PATHS, 'torchscript': through_torchscript}[path](module, x)
+    assert torch.isfinite(out).all()
+    # windows that hold the maximum of the map are right in any case; elsewhere the result is a mean of the same values
+    assert (out - expected).abs().max() < expected.abs().max()
+
+
+# its windows written out
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('stride', [1, 2, 3])
+@pytest.mark.parametrize('k', [1, 3, 5, 7])
+def test_reference(k: int, stride: int, impl: str):
+    """Values and all gradients, for 1 to 3 queries and maps smaller and larger than the window."""
+    for (H, W), L in zip(SIZES, (1, 2, 3, 1, 2)):
+        args = inputs(2, H, W, 3, 2, k, L)
+        results = [
+            value_and_grads(fn, *args) for fn in (
+                lambda *x: qna_attention(*x, stride=stride, impl=impl),
+                lambda *x: reference.qna_attention(*x, stride=stride))]
+        assert results[0][0].shape == (2, -(-H // stride), -(-W // stride), 2, 3)
+        assert_same(*results)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_reference_without_scale(impl: str):
+    args = inputs(2, 6, 5, 2, 3, 3)[:3]
+    results = [value_and_grads(fn, *args) for fn in (
+        lambda *x: qna_attention(*x, impl=impl), reference.qna_attention)]
+    assert_same(*results)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 9), W=st.integers(1, 9), heads=st.integers(1, 4), d=st.integers(1, 4),
+    k=st.sampled_from([1, 3, 5, 9]), L=st.integers(1, 3), stride=st.integers(1, 4), impl=st.sampled_from(IMPLS),
+    spread=st.sampled_from([0., 1., 10.]))
+def test_any_shape(B, H, W, heads, d, k, L, stride, impl, spread):
+    args = inputs(B, H, W, heads, d, k, L, spread)
+    out = qna_attention(*args, stride=stride, impl=impl)
+    assert_close(out, reference.qna_attention(*args, stride=stride))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    B=st.integers(1, 3), H=st.integers(1, 20), W=st.integers(1, 9), k=st.sampled_from([1, 3, 5, 7]),
+    stride=st.integers(1, 3), band=st.integers(1, 4000), normed=st.booleans())
+def test_bands(B, H, W, k, stride, band, normed):
+    """However a map is cut, each row of windows sees all of its taps and no padding inside the map."""
+    module = create(4, 2, k, stride, dtype=torch.float64)
+    norm = nn.LayerNorm(4, dtype=torch.float64) if normed and stride == 1 else None
+    x = randn(B, H, W, 4, dtype=torch.float64)
+    expected = module(x) if norm is None else x + module(norm(x))
+    with pytest.MonkeyPatch.context() as m, torch.no_grad():
+        m.setattr(qna, 'BAND', band)
+        assert_close(module.in_bands(x, norm), expected)
+        if norm is not None:
+            copy = x.clone()
+            assert_close(module.in_bands(copy, norm, copy), expected)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('kwargs', [
+    dict(), dict(kernel_size=5, stride=2, attn_dim=12, num_queries=3), dict(qkv_bias=True, proj_bias=True, out_dim=5),
+    dict(normalize_query=False), dict(attn_scale='none'), dict(attn_scale='avg'), dict(num_queries=1, kernel_size=1)])
+def test_module_by_hand(kwargs, impl: str):
+    """The module's formula with the textbook core, input and parameter gradients included."""
+    module = create(6, 3, impl=impl, dtype=torch.float64, **kwargs)
+    d = module.query.shape[1] // 3
+
+    def by_hand(x: torch.Tensor) -> torch.Tensor:
+        query = module.query.unflatten(1, (3, d)) / math.sqrt(d)
+        if module.normalize_query:
+            query = query / (module.query.unflatten(1, (3, d)).norm(dim=2, keepdim=True) + 1e-6)
+        score = torch.einsum('bhwad,lad->bhwla', module.k(x).unflatten(3, (3, d)), query)
+        v = module.v(x).unflatten(3, (3, d)).transpose(3, 4)
+        out = reference.qna_attention(score, v, module.rel_pos_bias, module.attn_scale, module.stride)
+        return module.proj((out * module.scale).transpose(3, 4).flatten(3))
+
+    assert module.scale == (.5 if kwargs.get('attn_scale') == 'avg' else 1.)
+    assert (module.attn_scale is None) == ('attn_scale' in kwargs)
+    x = randn(2, 7, 4, 6, dtype=torch.float64).requires_grad_()
+    results = []
+    for fn in (module, lambda x: through_layers(module, x), by_hand):
+        out = fn(x)
+        cotangent = randn(*out.shape, seed=1, dtype=torch.float64)
+        results.append([out, *torch.autograd.grad(out, [x, *module.parameters()], cotangent)])
+    assert_same(results[0], results[2])
+    assert_same(results[1], results[2])
+    assert_close(through_inference(module, x), results[2][0])
+    assert_close(through_bands(module, x), results[2][0])
+
+
+@pytest.mark.parametrize('impl', ['conv', 'shift'])
+@pytest.mark.parametrize('stride, k', [(1, 3), (2, 3), (1, 5)])
+def test_gradcheck(stride: int, k: int, impl: str):
+    args = [x.requires_grad_() for x in inputs(2, 3, 4, 2, 2, k)]
+    assert torch.autograd.gradcheck(lambda *x: qna_attention(*x, stride=stride, impl=impl), args)
+
+
+@pytest.mark.parametrize('needed', range(4))
+def test_gradients_of_some_inputs(needed: int):
+    """Frozen scores, values or kernels leave the other gradients as they are."""
+    args = inputs(2, 5, 4, 2, 3, 3)
+    expected = value_and_grads(qna_attention, *args)[1 + needed]
+    args = [x.clone().requires_grad_(i == needed) for i, x in enumerate(args)]
+    out = qna_attention(*args)
+    assert_close(
+        torch.autograd.grad(out, args[needed], randn(*out.shape, seed=1, dtype=torch.float64))[0], expected)
+
+
+# properties
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('stride', [1, 2])
+def test_constants_in_scores_and_biases_drop_out(stride: int, impl: str):
+    score, v, bias, scale = inputs(2, 6, 5, 3, 2, 3)
+    expected = qna_attention(score, v, bias, scale, stride, impl)
+    per_map = 5 * randn(2, 1, 1, 2, 3, seed=5, dtype=torch.float64)
+    per_kernel = 5 * randn(6, 1, 1, 1, seed=6, dtype=torch.float64)
+    assert_close(qna_attention(score + per_map, v, bias + per_kernel, scale, stride, impl), expected)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('k, stride, size', [(3, 1, (6, 5)), (3, 2, (7, 4)), (7, 1, (4, 9)), (5, 3, (2, 2))])
+def test_border(k: int, stride: int, size, impl: str):
+    """Equal scores: a depthwise convolution with the scales, over the number of taps inside the map."""
+    (H, W), (L, heads, d) = size, (2, 3, 2)
+    _, v, _, scale = inputs(2, H, W, heads, d, k, L)
+    out = qna_attention(
+        torch.full((2, H, W, L, heads), 3., dtype=torch.float64), v, torch.zeros_like(scale), scale, stride, impl)
+    kernel = scale.view(L, heads, 1, k, k).sum(0).repeat(d, 1, 1, 1)
+    conv = nn.functional.conv2d(
+        v.flatten(3).permute(0, 3, 1, 2), kernel, stride=stride, padding=k // 2, groups=d * heads)
+    taps = nn.functional.conv2d(
+        torch.ones(1, 1, H, W, dtype=torch.float64), torch.ones(1, 1, k, k, dtype=torch.float64), stride=stride,
+        padding=k // 2)
+    assert taps.min() < k * k
+    assert_close(out.flatten(3).permute(0, 3, 1, 2), conv / taps)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_weights_sum_to_one_for_each_query(impl: str):
+    score, v, bias, _ = inputs(2, 5, 6, 2, 3, 3)
+    v = v[:1, :1, :1].expand_as(v)
+    assert_close(qna_attention(score, v, bias, impl=impl), 2 * v)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_reach(impl: str):
+    """A position counts in the windows that hold it and nowhere else, its score by dividing as well."""
+    score, v, bias, scale = inputs(1, 9, 9, 2, 2, 5)
+    expected = qna_attention(score, v, bias, scale, impl=impl)
+    score, v = score.clone(), v.clone()
+    score[:, 4, 2] += 4.
+    v[:, 4, 2] += 1.
+    changed = (qna_attention(score, v, bias, scale, impl=impl) - expected).abs().amax(dim=(0, 3, 4)) > 1e-9
+    assert changed[2:7, :5].all() and changed.sum() == 25
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_transposition(impl: str):
+    """A transposed map with transposed kernels gives the transposed output; so does a mirrored one."""
+    score, v, bias, scale = inputs(2, 7, 4, 2, 3, 3)
+    expected = qna_attention(score, v, bias, scale, impl=impl)
+    out = qna_attention(*(x.transpose(1, 2) for x in (score, v)), *(x.mT for x in (bias, scale)), impl=impl)
+    assert_close(out.transpose(1, 2), expected)
+    out = qna_attention(*(x.flip(1) for x in (score, v)), *(x.flip(2) for x in (bias, scale)), impl=impl)
+    assert_close(out.flip(1), expected)
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('spread', [1., 100.])
+def test_batch_of_one(spread: float, impl: str, path: str):
+    """An image's output is its own, beside a much brighter one and beside one whose scores overflow."""
+    module = create(8, 2, impl=impl)
+    x = randn(3, 6, 5, 8)
+    x[2] *= spread
+    together = PATHS[path](module, x)
+    for i in range(3):
+        torch.testing.assert_close(PATHS[path](module, x[i:i + 1]), together[i:i + 1], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_inputs_stay_as_they_are(impl: str):
+    args = inputs(1, 4, 5, 2, 2, 3, dtype=torch.float32)
+    before = [x.clone() for x in args]
+    value_and_grads(lambda *x: qna_attention(*x, impl=impl), *args)
+    qna_attention(*args, impl=impl)
+    module, x = create(6, 2, impl=impl), randn(2, 5, 4, 6)
+    y = x.clone()
+    through_bands(module, x)
+    assert torch.equal(x, y) and all(torch.equal(a, b) for a, b in zip(args, before))
+
+
+@pytest.mark.parametrize('path', PATHS)
+def test_strided_input(path: str):
+    module, x = create(6, 2, stride=2), randn(2, 8, 10, 6)
+    for strided in (x.transpose(1, 2).contiguous().transpose(1, 2), x.repeat_interleave(2, 3)[..., ::2], x[:1].expand(
+            2, 8, 10, 6), x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
+        torch.testing.assert_close(
+            PATHS[path](module, strided), PATHS[path](module, strided.contiguous()), rtol=1e-5, atol=1e-6)
+
+
+# scores that spread far
+
+@pytest.mark.parametrize('spread', [79., 200., 1e4])
+def test_far_spread(spread: float):
+    """'shift' is exact at any spread, 'auto' too, 'conv' up to 80; and all of them are finite, gradients included."""
+    score, v, bias, scale = inputs(2, 12, 12, 2, 3, 3)
+    score = score / (score.amax(dim=(1, 2), keepdim=True) - score.amin(dim=(1, 2), keepdim=True)) * spread
+    expected = reference.qna_attention(score, v, bias, scale)
+    args = [x.float() for x in (score, v, bias, scale)]
+    for impl in IMPLS:
+        out, *grads = value_and_grads(lambda *x, impl=impl: qna_attention(*x, impl=impl), *args)
+        assert torch.isfinite(out).all() and all(torch.isfinite(g).all() for g in grads), impl
+        if impl != 'conv' or spread < 80:
+            # float32 scores of this size have an error of 6e-8 times their size, and so has the exponent
+            assert_close(out.double(), expected, rtol=1e-4, atol=1e-5 + 1e-7 * spread)
+        assert out.abs().max() <= 2 * (v.abs().max() * scale.abs().max())
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+def test_far_spread_with_steep_biases(impl: str):
+    """Weights at the clamp times small taps are no normal float32, whose inverse would be infinite."""
+    score, v, bias, scale = inputs(1, 8, 8, 2, 3, 3)
+    score, bias = torch.zeros_like(score), torch.zeros_like(bias)
+    score[:, 0, 0], bias[:, :, 0, 0] = 85., 12.
+    args = [x.float() for x in (score, v, bias, scale)]
+    assert torch.isfinite(qna_attention(*args, impl=impl)).all()
+
+
+def test_scripted_shift():
+    """TorchScript evaluates what was asked for."""
+    module, x = create(8, 2, impl='shift'), 100 * randn(1, 6, 6, 8)
+    torch.testing.assert_close(through_torchscript(module, x), module(x), rtol=1e-4, atol=1e-4)
+
+
+def test_auto_looks_at_each_map():
+    """One map of one head that spreads too far is enough; its maximum and minimum count, not those of others."""
+    score, bias = torch.zeros(2, 3, 3, 2, 2), torch.zeros(4, 1, 3, 3)
+    assert qna._exact_form(score, bias) == ('conv', False)  # small as they are
+    score[0, 0, 0], score[1, 0, 0] = 100., -70.
+    score[0, 1:], score[0, 0, 1:] = 50., 50.
+    assert qna._exact_form(score, bias) == ('conv', True)
+    score[1, 2, 2, 1, 1] = 11.
+    assert qna._exact_form(score, bias)[0] == 'shift'
+    assert qna._exact_form(torch.full((1, 2, 2, 1, 1), math.nan), bias)[0] == 'shift'
+
+
+def test_auto_looks_at_biases():
+    """Steep biases leave less room for scores."""
+    score, bias = torch.zeros(1, 3, 3, 2, 2), torch.zeros(4, 1, 3, 3)
+    score[0, 0, 0] = 39.
+    assert qna._exact_form(score, bias) == ('conv', False)
+    bias[0, 0, 1, 1] = 41.5
+    assert qna._exact_form(score, bias)[0] == 'shift'
+    score[0, 0, 0] = 30.
+    assert qna._exact_form(score, bias) == ('conv', False)
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('impl', IMPLS)
+def test_chosen_form(monkeypatch, impl: str, path: str):
+    calls = []
+    shift = qna._shift_form
+    monkeypatch.setattr(qna, '_shift_form', lambda *args: calls.append(1) or shift(*args))
+    module, x = create(8, 2, impl=impl), randn(1, 6, 6, 8)
+    PATHS[path](module, x)
+    assert bool(calls) == (impl == 'shift')
+    calls.clear()
+    PATHS[path](module, 200 * x)
+    assert bool(calls) == (impl != 'conv')
+
+
+# half precision
+
+# three times the largest error that was measured on these maps, over the largest output
+ERRORS = {torch.bfloat16: .04, torch.float16: .004}
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('dtype', ERRORS)
+def test_half_precision(dtype: torch.dtype, impl: str, path: str, autocast: bool):
+    module, x = create(16, 2, impl=impl), randn(2, 56, 56, 16)
+    expected = module(x).detach()
+    if autocast:
+        with torch.autocast('cpu', dtype=dtype):
+            out = PATHS[path](module, x)
+    else:
+        out = PATHS[path](module.to(dtype), x.to(dtype))
+    assert out.dtype == dtype and torch.isfinite(out).all()
+    assert (out.float() - expected).abs().max() < ERRORS[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize('autocast', [False, True])
+@pytest.mark.parametrize('dtype', ERRORS)
+def test_gradients_in_half_precision(dtype: torch.dtype, autocast: bool):
+    module, x = create(16, 2), randn(2, 56, 56, 16).requires_grad_()
+    cotangent = randn(2, 56, 56, 16, seed=1)
+    expected = torch.autograd.grad(module(x), [x, *module.parameters()], cotangent)
+    if autocast:
+        with torch.autocast('cpu', dtype=dtype):
+            out = module(x)
+        assert out.dtype == dtype
+    else:
+        module, x = module.to(dtype), x.detach().to(dtype).requires_grad_()
+        out = module(x)
+    grads = torch.autograd.grad(out, [x, *module.parameters()], cotangent.to(dtype))
+    for (name, p), grad, wide in zip([('x', x), *module.named_parameters()], grads, expected):
+        assert grad.dtype == p.dtype and torch.isfinite(grad).all(), name
+        assert (grad.float() - wide).abs().max() < 4 * ERRORS[dtype] * wide.abs().max(), name
+
+
+@pytest.mark.parametrize('dtype', ERRORS)
+@pytest.mark.parametrize('impl', IMPLS)
+def test_large_input_in_half_precision(impl: str, dtype: torch.dtype):
+    """Scores beyond 11, whose exponential float16 cannot hold, and beyond 89, which float32 cannot."""
+    for size in (20., 200.):
+        module, x = create(16, 2, impl=impl), size * randn(2, 14, 14, 16)
+        assert (module.k(x) @ torch.ones(16)).abs().max() > 11
+        for out in (through_inference(module.to(dtype), x.to(dtype)), module(x.to(dtype))):
+            assert torch.isfinite(out).all()
+
+
+@pytest.mark.parametrize('path', PATHS)
+@pytest.mark.parametrize('dtype', [torch.float32, *ERRORS])
+def test_steep_biases(dtype: torch.dtype, path: str):
+    """Where the favoured tap lies outside the map, the others share the window, however small their exponentials."""
+    module, x = create(8, 2), randn(1, 6, 6, 8)
+    with torch.no_grad():
+        module.rel_pos_bias[:, :, 0, 0] = 20.
+    expected = module.double()(x.double()).detach()
+    out = PATHS[path](module.to(dtype), x.to(dtype))
+    assert (out.double() - expected).abs().max() < ERRORS.get(dtype, 1e-5) * expected.abs().max()
+
+
+@pytest.mark.parametrize('dtype', ERRORS)
+def test_backward_inside_autocast(dtype: torch.dtype):
+    """The window sums are differentiated as they were taken; PyTorch's own products follow the context."""
+    module, x = create(8, 2), randn(1, 6, 6, 8)
+    expected = torch.autograd.grad(module(x).sum(), list(module.parameters()))
+    out = module(x).sum()
+    with torch.autocast('cpu', dtype=dtype):
+        grads = torch.autograd.grad(out, list(module.parameters()))
+    for a, b in zip(grads, expected):
+        assert (a - b).abs().max() <= .02 * b.abs().max()
+
+
+@pytest.mark.parametrize('impl', IMPLS)
+@pytest.mark.parametrize('dtype', ERRORS)
+def test_autocast_leaves_the_function_alone(dtype: torch.dtype, impl: str):
+    args = inputs(1, 6, 5, 2, 3, 3, dtype=torch.float32)
+    expected = qna_attention(*args, impl=impl)
+    with torch.autocast('cpu', dtype=dtype):
+        assert torch.equal(qna_attention(*args, impl=impl), expected)
+
+
+# inference keeps folded weights
+
+def noise(p: torch.Tensor) -> torch.Tensor:
+    return randn(*p.shape, seed=7, dtype=p.dtype)
+
+
+def add_in_place(module, name):
+    with torch.no_grad():
+        module.get_parameter(name).add_(noise(module.get_parameter(name)))
+
+
+def through_data(module, name):
+    module.get_parameter(name).data.mul_(noise(module.get_parameter(name)))
+
+
+def new_data(module, name):
+    p = module.get_parameter(name)
+    p.data = noise(p)
+
+
+def new_parameter(module, name):
+    owner, _, leaf = name.rpartition('.')
+    setattr(module.get_submodule(owner), leaf, nn.Parameter(noise(module.get_parameter(name))))
+
+
+def optimizer_step(module, name):
+    p = module.get_parameter(name)
+    p.grad = noise(p)
+    torch.optim.SGD([p], lr=.5).step()
+
+
+def load(module, name):
+    module.load_state_dict({**module.state_dict(), name: noise(module.get_parameter(name))})
+
+
+def numpy_view(module, name):
+    """Neither the address nor the version of the tensor changes."""
+    module.get_parameter(name).detach().numpy()[...] += noise(module.get_parameter(name)).numpy()
+
+
+CHANGES = [add_in_place, through_data, new_data, new_parameter, optimizer_step, load, numpy_view]
+PARAMETERS = [
+    'query', 'k.weight', 'k.bias', 'v.weight', 'v.bias', 'rel_pos_bias', 'attn_scale', 'proj.weight', 'proj.bias']
+
+
+@pytest.mark.parametrize('change', CHANGES)
+def test_inference_follows_the_weights(change: Callable):
+    """Whichever of them changes, however, without a word to the module."""
+    for name in PARAMETERS:
+        module, x = create(8, 2, qkv_bias=True, proj_bias=True), randn(2, 5, 6, 8)
+        assert set(PARAMETERS) == set(dict(module.named_parameters()))
+        before = through_inference(module, x)
+        change(module, name)
+        out = through_inference(module, x)
+        # a bias of the keys adds a constant to the scores, which drops out
+        assert ((out - before).abs().max() > 1e-2) == (name != 'k.bias'), name
+        torch.testing.assert_close(out, module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_inference_follows_conversions():
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    before = through_inference(module, x)
+    for dtype in (torch.bfloat16, torch.float64, torch.float16):
+        module.to(dtype)
+        out = through_inference(module, x.to(dtype))
+        assert out.dtype == dtype
+        fresh = QnAAttention(8, 2, dtype=dtype).eval()
+        fresh.load_state_dict(module.state_dict())
+        assert torch.equal(through_inference(fresh, x.to(dtype)), out)
+    module.float()
+    torch.testing.assert_close(through_inference(module, x), before, rtol=.05, atol=.05)
+    torch.testing.assert_close(through_inference(module, x), module(x), rtol=1e-5, atol=1e-5)
+
+
+def test_inference_follows_autocast():
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    before = through_inference(module, x)
+    for dtype in (torch.bfloat16, torch.float16, torch.bfloat16):
+        with torch.autocast('cpu', dtype=dtype):
+            assert through_inference(module, x).dtype == dtype
+        assert torch.equal(through_inference(module, x), before)
+
+
+def test_inference_folds_once(monkeypatch):
+    calls = []
+    fold = QnAAttention.fold
+    monkeypatch.setattr(QnAAttention, 'fold', lambda self, dtype: calls.append(dtype) or fold(self, dtype))
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    for _ in range(3):
+        through_inference(module, x)
+    assert len(calls) == 1
+    module.train()
+    module.eval()
+    through_inference(module, x)
+    assert len(calls) == 2
+    module.train()
+    for _ in range(2):
+        through_inference(module, x)
+    assert len(calls) == 4  # nothing is kept in training mode, where weights change between any two calls
+
+
+def test_cache_is_no_state():
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    names = list(module.state_dict())
+    through_inference(module, x)
+    assert list(module.state_dict()) == names == [n for n, _ in module.named_parameters()]
+    assert not list(module.buffers())
+    size = io.BytesIO()
+    torch.save(module, size)
+    fresh = io.BytesIO()
+    torch.save(create(8, 2), fresh)
+    assert len(size.getvalue()) == len(fresh.getvalue())
+
+
+@pytest.mark.parametrize('copier', [copy.deepcopy, lambda m: torch.load(saved(m), weights_only=False)])
+def test_copies_are_their_own(copier: Callable):
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    out = through_inference(module, x)
+    other = copier(module)
+    assert torch.equal(through_inference(other, x), out)
+    add_in_place(other, 'v.weight')
+    assert (through_inference(other, x) - out).abs().max() > 1e-3
+    assert torch.equal(through_inference(module, x), out)
+
+
+def saved(module: nn.Module) -> io.BytesIO:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return file
+
+
+def test_inference_mode_then_training():
+    """What was folded under inference mode is of no use to autograd, which does not see it."""
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    with torch.inference_mode():
+        expected = module(x)
+    torch.testing.assert_close(through_inference(module, x), expected.clone(), rtol=1e-6, atol=1e-6)
+    module(x.requires_grad_()).sum().backward()
+    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
+
+
+class Adapted(nn.Linear):
+    """A linear layer with a low-rank addition, as adapters make them."""
+
+    def __init__(self, layer: nn.Linear):
+        super().__init__(layer.in_features, layer.out_features, bias=layer.bias is not None)
+        self.load_state_dict(layer.state_dict())
+        self.down = nn.Parameter(torch.randn(2, layer.in_features))
+        self.up = nn.Parameter(torch.randn(layer.out_features, 2))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x @ self.down.t() @ self.up.t()
+
+
+@pytest.mark.parametrize('layer', ['k', 'v', 'proj'])
+def test_adapted_layers(layer: str):
+    module, x = create(8, 2), randn(2, 5, 6, 8)
+    before = through_inference(module, x)
+    adapted = Adapted(getattr(module, layer))
+    merged = copy.deepcopy(module)
+    with torch.no_grad():
+        getattr(merged, layer).weight += adapted.up @ adapted.down
+    setattr(module, layer, adapted)
+    expected = merged(x).detach()
+    assert (expected - before).abs().max() > 1e-2
+    for path in PATHS.values():
+        torch.testing.assert_close(path(module, x).detach(), expected, rtol=1e-4, atol=1e-5)
+    module(x).sum().backward()
+    assert adapted.up.grad.abs().max() > 0
+
+
+@pytest.mark.parametrize('layer', ['k', 'v', 'proj'])
+@pytest.mark.parametrize('grad', [True, False])
+def test_hooks_on_layers_run(layer: str, grad: bool):
+    module, x, calls = create(8, 2), randn(2, 5, 6, 8), []
+    expected = module(x).detach()
+    getattr(module, layer).register_forward_pre_hook(lambda m, args: calls.append(args[0].shape))
+    with torch.set_grad_enabled(grad):
+        torch.testing.assert_close(module(x).detach(), expected, rtol=1e-4, atol=1e-5)
+    assert calls == [(2, 5, 6, 8)]
+
+
+# memory
+
+@pytest.mark.parametrize('k', [3, 7, 11])
+def test_saved_for_backward(k: int):
+    """Values, ones and scores, and the kernel: nothing that grows with the window but the kernel itself."""
+    B, H, W, L, heads, d = 2, 28, 28, 2, 4, 8
+    args = [x.requires_grad_() for x in inputs(B, H, W, heads, d, k, L, dtype=torch.float32)]
+    joint, kernel = B * H * W * (d + 1 + L) * heads * 4, L * (d + 1) * heads * k * k * 4
+    size = saved_bytes(qna_attention, *args)
+    small = 8 * L * heads * k * k * 4  # biases and scales on their way to the kernel
+    assert joint + kernel <= size <= joint + kernel + small
+
+    module, x = create(32, heads, k), randn(B, H, W, 32).requires_grad_()
+    size = saved_bytes(module, x)
+    maps = x.nbytes + joint + B * H * W * d * heads * 4  # and what the two projections need
+    weights = sum(p.nbytes for p in module.parameters())
+    assert maps <= size <= maps + kernel + small + 4 * weights
+
+
+# construction
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(kernel_size=4), ['kernel_size=4', 'odd']),
+    (dict(kernel_size=0), ['kernel_size=0', 'odd and positive']),
+    (dict(kernel_size=-3), ['kernel_size=-3', 'odd and positive']),
+    (dict(impl='fast'), ["impl 'fast'", 'auto, conv, shift']),
+    (dict(attn_scale='ones'), ["attn_scale 'ones'", 'learned, none, avg']),
+    (dict(num_heads=3), ['dim=8', 'num_heads=3']),
+    (dict(attn_dim=10, num_heads=4), ['attn_dim=10', 'num_heads=4']),
+    (dict(attn_dim=0), ['dim=0']),
+    (dict(num_queries=0), ['num_queries=0', 'positive']),
+    (dict(stride=0), ['stride=0', 'positive']),
+    (dict(out_dim=0), ['out_dim=0', 'positive']),
+    (dict(out_dim=-2), ['out_dim=-2', 'positive']),
+])
+def test_bad_arguments(kwargs, words):
+    with pytest.raises(ValueError) as e:
+        QnAAttention(8, **{'num_heads': 2, **kwargs})
+    assert all(word in str(e.value) for word in words), e.value
+
+
+@pytest.mark.parametrize('kwargs, words', [
+    (dict(impl='unfold'), ["impl 'unfold'", 'auto, conv, shift']),
+    (dict(stride=0), ['stride=0', 'positive']),
+    (dict(rel_pos_bias=torch.zeros(4, 1, 2, 2)), ['kernel_size=2', 'odd']),
+])
+def test_bad_arguments_of_the_function(kwargs, words):
+    """The function refuses what the module refuses."""
+    score, v, bias, _ = inputs(1, 3, 3, 2, 2, 3)
+    with pytest.raises(ValueError) as e:
+        qna_attention(score, v, **{'rel_pos_bias': bias, **kwargs})
+    assert all(word in str(e.value) for word in words), e.value
+
+
+def test_shapes_and_defaults():
+    module = QnAAttention(12, 3)
+    assert (module.kernel_size, module.stride, module.num_queries, module.impl) == (3, 1, 2, 'auto')
+    shapes = {name: tuple(p.shape) for name, p in module.named_parameters()}
+    assert shapes == {
+        'query': (2, 12), 'rel_pos_bias': (6, 1, 3, 3), 'attn_scale': (6, 1, 3, 3), 'k.weight': (12, 12),
+        'v.weight': (12, 12), 'proj.weight': (12, 12)}
+    module = QnAAttention(12, 3, 5, 2, attn_dim=24, out_dim=7, device='meta', dtype=torch.bfloat16)
+    assert module(torch.empty(2, 5, 9, 12, device='meta', dtype=torch.bfloat16)).shape == (2, 3, 5, 7)
+    assert {(p.device.type, p.dtype) for p in module.parameters()} == {('meta', torch.bfloat16)}
+
+
+def test_initialisation():
+    """Biases of zero, scales of 0.02, queries of variance about 1 / d, and a branch that says next to nothing."""
+    torch.manual_seed(0)
+    module = QnAAttention(256, 32)
+    assert not module.rel_pos_bias.any()
+    assert module.attn_scale.std().item() == pytest.approx(.02, rel=.15)
+    assert module.query.abs().max() <= 2 * 8 ** -.5
+    assert module.query.std().item() == pytest.approx(.8796 * 8 ** -.5, rel=.1)
+    for layer in (module.k, module.v, module.proj):
+        assert layer.weight.std().item() == pytest.approx(1 / 16, rel=.02)
+        assert layer.weight.abs().max() <= 2 / 16 / .8796 + 1e-6
+    assert module(torch.randn(2, 28, 28, 256)).std().item() == pytest.approx(.011, rel=.2)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize('shape', [(64, 400), (64, 4, 10, 10)])
+def test_lecun_normal(shape, dtype: torch.dtype):
+    torch.manual_seed(0)
+    weight = torch.empty(shape, dtype=dtype)
+    lecun_normal_(weight)
+    assert weight.float().std().item() == pytest.approx(.05, rel=.03)
+    assert weight.float().abs().max().item() == pytest.approx(2 * .05 / .8796, rel=.01)
+    assert abs(weight.float().mean().item()) < .05 / 30

@@ -1,0 +1,658 @@
+import csv
+import importlib.util
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any, Dict, Iterator, List, Tuple
+
+import pytest
+import timm
+import torch
+import yaml
+from _data import cifar100, fashion_mnist, image_folder
+from PIL import Image
+from timm.models import load_checkpoint
+from timm.utils import load_checkpoint_metadata
+
+from vitlinear.tools import _script, train, validate
+from vitlinear.tools.train import build_parser, main
+
+REPO = Path(__file__).parents[2]
+CONFIGS = sorted((REPO / 'configs').glob('*.yaml'))
+# the keys of the recipes that timm's script has to itself
+DISTILLATION = {'kd_model_name', 'kd_distill_type', 'kd_token_distill_type', 'task_loss_weight'}
+TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS', '')
+TINY = ['--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', '32', '--num-classes', '3']
+COMMON = [
+    '--device', 'cpu', '-j', '0', '-b', '4', '--epochs', '1', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3']
+PLAIN = ['--no-aug', '--smoothing', '0']
+# everything random at once
+NOISY = [
+    '--mixup', '0.2', '--cutmix', '1', '--drop-path', '0.2', '--drop', '0.1', '--aa', 'rand-m9-mstd0.5-inc1',
+    '--reprob', '0.5', '--model-ema', '--model-ema-warmup', '--grad-accum-steps', '3', '--sched-on-updates',
+    '--warmup-epochs', '1', '--epochs', '3', '-j', '2', '--log-interval', '1',
+]
+
+
+@pytest.fixture(scope='module')
+def data(tmp_path_factory) -> str:
+    return str(image_folder(tmp_path_factory.mktemp('images')))
+
+
+@pytest.fixture
+def fit(data, tmp_path):
+    """Train in this process into tmp_path/NAME and return that folder."""
+    def fit(name: str, *extra: str, expect: int = 0) -> Path:
+        argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', name, *extra]
+        assert main(argv) == expect
+        return tmp_path / name
+    return fit
+
+
+def start(*argv: str, processes: int = 1) -> subprocess.Popen:
+    env = {**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1', 'PYTHONUNBUFFERED': '1'}
+    launch = []
+    if processes > 1:
+        with socket.socket() as s:
+            s.bind(('127.0.0.1', 0))
+            port = s.getsockname()[1]
+        launch = ['-m', 'torch.distributed.run', f'--nproc-per-node={processes}', f'--master-port={port}']
+    return subprocess.Popen(
+        [sys.executable, *launch, '-m', 'vitlinear.tools.train', *argv],
+        env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True,
+        # a shell's background jobs ignore interrupts, and their children inherit that
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler))
+
+
+def finish(process: subprocess.Popen) -> str:
+    out = process.communicate(timeout=300)[0]
+    assert process.returncode == 0, out
+    return out
+
+
+def flat(value: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
+    if items is None:
+        yield path, value
+    else:
+        for key, item in items:
+            yield from flat(item, f'{path}.{key}')
+
+
+def assert_same_state(a: Path, b: Path) -> None:
+    a, b = (load_checkpoint_metadata(str(folder / 'last.pth.tar')) for folder in (a, b))
+    for key in ('epoch', 'metric', 'state_dict', 'state_dict_ema', 'optimizer'):
+        left, right = dict(flat(a[key])), dict(flat(b[key]))
+        assert left.keys() == right.keys() and len(left)
+        for k in left:
+            same = torch.equal(left[k], right[k]) if torch.is_tensor(left[k]) else left[k] == right[k]
+            assert same, (key, k)
+
+
+def weights(folder: Path) -> Dict[str, torch.Tensor]:
+    return load_checkpoint_metadata(str(folder / 'last.pth.tar'))['state_dict']
+
+
+def rows(folder: Path) -> List[Dict[str, str]]:
+    with open(folder / 'summary.csv', newline='') as f:
+        return list(csv.DictReader(f))
+
+
+# what a run leaves behind
+
+
+def test_a_run_learns_and_leaves_what_timm_reads(fit, data, capsys):
+    folder = fit('a', *PLAIN, '--epochs', '4')
+    out = capsys.readouterr().out.splitlines()
+    assert {p.name for p in folder.iterdir()} == {
+        'args.yaml', 'summary.csv', 'last.pth.tar', 'model_best.pth.tar',
+        *(f'checkpoint-{i}.pth.tar' for i in range(4))}
+    summary = rows(folder)
+    assert [list(row) for row in summary] == [['epoch', 'train_loss', 'eval_loss', 'eval_top1', 'eval_top5', 'lr']] * 4
+    best = max(range(4), key=lambda i: float(summary[i]['eval_top1']))
+    assert float(summary[best]['eval_top1']) > 80
+    assert float(summary[-1]['train_loss']) < float(summary[0]['train_loss'])
+    assert out[-1].startswith('best top-1 ') and out[-1].endswith(f'in epoch {best}: {folder / "model_best.pth.tar"}')
+    assert sum(line.startswith('epoch ') and 'top-5 100.00 %' in line for line in out) == 4
+
+    model = timm.create_model('test_vit', img_size=32, num_classes=3)
+    load_checkpoint(model, str(folder / 'model_best.pth.tar'))
+    argv = [*TINY, '--device', 'cpu', '-j', '0', '--data-dir', data, '--checkpoint', str(folder / 'model_best.pth.tar')]
+    measured = validate.validate(validate.build_parser().parse(argv))
+    assert measured['top1'] == pytest.approx(float(summary[best]['eval_top1']), abs=1e-3)
+
+
+def test_args_yaml_repeats_the_run(fit, tmp_path, data):
+    first = fit('first', *NOISY, '-j', '0')
+    config = yaml.safe_load((first / 'args.yaml').read_text())
+    assert config['device_modules'] == ['vitlinear'] and config['model_kwargs'] == {'img_size': 32}
+    config['experiment'] = 'second'
+    (tmp_path / 'again.yaml').write_text(yaml.safe_dump(config))
+    assert main(['--config', str(tmp_path / 'again.yaml')]) == 0
+    assert_same_state(first, tmp_path / 'second')
+
+
+def test_number_of_checkpoints_and_metric(fit):
+    folder = fit('a', '--epochs', '4', '--checkpoint-hist', '2', '--eval-metric', 'loss')
+    losses = [float(row['eval_loss']) for row in rows(folder)]
+    kept = sorted(range(4), key=lambda i: losses[i])[:2]
+    assert {p.name for p in folder.glob('checkpoint-*')} == {f'checkpoint-{i}.pth.tar' for i in kept}
+    best = load_checkpoint_metadata(str(folder / 'model_best.pth.tar'))
+    assert best['metric'] == min(losses)
+
+
+def test_without_evaluation(fit, capsys):
+    folder = fit('a', '--val-split', '')
+    assert list(rows(folder)[0]) == ['epoch', 'train_loss', 'lr']
+    assert 'best loss' in capsys.readouterr().out
+
+
+# the formats of data
+
+
+def test_fashion_mnist_with_a_model_of_ours(tmp_path, capsys):
+    argv = ['--model', 'vvt_nano', '--in-chans', '1', '--num-classes', '10', '--img-size', '28', *COMMON, '-b', '8']
+    argv += ['--dataset', 'torch/fashion_mnist', '--data-dir', str(fashion_mnist(tmp_path))]
+    assert main([*argv, '--output', str(tmp_path), '--experiment', 'a', '--hflip', '0.5']) == 0
+    assert 'vvt_nano' in capsys.readouterr().out
+    assert len(rows(tmp_path / 'a')) == 1
+
+
+def test_cifar100(tmp_path, monkeypatch):
+    argv = [*TINY, *COMMON, '--num-classes', '100', '-b', '50', '--dataset', 'torch/cifar100']
+    argv += ['--data-dir', str(cifar100(tmp_path, monkeypatch)), '--output', str(tmp_path), '--experiment', 'a']
+    assert main([*argv, '--aa', 'rand-m9-mstd0.5-inc1', '--mixup', '0.8']) == 0
+    assert len(rows(tmp_path / 'a')) == 1
+
+
+# options
+
+
+@pytest.mark.parametrize('extra', [
+    ['--amp', '--amp-dtype', 'bfloat16'],
+    ['--channels-last', '--clip-grad', '1', '--layer-decay', '0.7', '--head-init-bias', '-2'],
+    ['--torchcompile', 'eager', '--model-ema'],
+    ['--no-prefetcher', '--mixup', '0.5', '--mixup-off-epoch', '1', '--epochs', '2'],
+    ['--bce-loss', '--opt', 'lookahead_adamw', '--clip-grad', '0.1', '--clip-mode', 'agc'],
+    ['--model-ema', '--model-ema-force-cpu', '--grad-checkpointing', '--head-init-scale', '2'],
+], ids=lambda extra: extra[0].lstrip('-'))
+def test_options_train(fit, extra):
+    folder = fit('a', *extra)
+    assert all(v.isfinite().all() for v in weights(folder).values())
+
+
+def test_gradient_accumulation_equals_one_large_batch(fit):
+    large = fit('large', *PLAIN, '-b', '18', '--opt', 'sgd')
+    small = fit('small', *PLAIN, '-b', '6', '--grad-accum-steps', '4', '--opt', 'sgd')  # one group, left over: 3 of 4
+    for (k, a), b in zip(weights(large).items(), weights(small).values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=k)
+
+
+def test_learning_rate_from_batch():
+    for opt, expected in (('sgd', 0.1 * 512 / 256), ('adamw', 0.1 * 2 ** 0.5)):
+        args = build_parser().parse(['--opt', opt, '-b', '64', '--grad-accum-steps', '4'])
+        args.world_size = 2
+        train.set_lr(args)
+        assert args.lr == pytest.approx(expected)
+
+
+@pytest.mark.parametrize('policy', ['rand-m10-inc1', 'rand-m9-mstd2-inc1', 'v0', 'original', 'augmix-m10-w2', '3a'])
+def test_every_augmentation_policy_runs(data, policy):
+    args = build_parser().parse([*TINY, *COMMON, '--data-dir', data, '--aa', policy, '--val-split', ''])
+    args.distributed, args.world_size = False, 1
+    torch.manual_seed(0)
+    config = {'input_size': (3, 32, 32), 'mean': (.5,) * 3, 'std': (.5,) * 3, 'interpolation': 'bicubic'}
+    loader = train.make_loaders(args, config, torch.device('cpu'))[0]
+    for _ in range(20):
+        for input, _ in loader:
+            assert input.shape == (4, 3, 32, 32)
+
+
+def test_posterize_to_no_bits_is_black():
+    image = Image.new('RGB', (2, 2), (200, 100, 7))
+    assert train.posterize(image, 0).getpixel((0, 0)) == (0, 0, 0)
+    assert train.posterize(image, 1).getpixel((0, 0)) == (128, 0, 0)
+    assert train.posterize(image, 8) is image
+    assert train.posterize(image.convert('L'), 0).getpixel((1, 1)) == 0
+
+
+def test_unreadable_image_is_named_and_training_goes_on(tmp_path, caplog):
+    root = image_folder(tmp_path / 'images')
+    bad = root / 'train' / 'class1' / '2.png'
+    bad.write_bytes(bad.read_bytes()[:200])
+    argv = [*TINY, *COMMON, '-b', '6', '--data-dir', str(root), '--output', str(tmp_path), '--experiment', 'a']
+    assert main(argv) == 0
+    assert str(bad) in caplog.text
+    assert len(rows(tmp_path / 'a')) == 1
+
+
+# interruption
+
+
+def test_resume_at_an_epoch_boundary_is_exact(fit, capsys):
+    whole = fit('whole', *NOISY)
+    part = fit('part', *NOISY)
+    for name in ('checkpoint-1', 'checkpoint-2', 'model_best'):  # as if the run had ended after epoch 0
+        (part / f'{name}.pth.tar').unlink()
+    os.replace(part / 'checkpoint-0.pth.tar', part / 'last.pth.tar')
+    capsys.readouterr()
+    fit('part', *NOISY, '--resume', str(part / 'last.pth.tar'))
+    shown = capsys.readouterr()
+    assert 'epochs 1 to 2' in shown.out and 'not an exact continuation' not in shown.err
+    assert_same_state(whole, part)
+    assert (whole / 'summary.csv').read_text() == (part / 'summary.csv').read_text()
+    best = [load_checkpoint_metadata(str(f / 'model_best.pth.tar')) for f in (whole, part)]
+    assert best[0]['epoch'] == best[1]['epoch'] and best[0]['metric'] == best[1]['metric']
+
+
+def test_resume_after_a_kill_in_mid_epoch_is_exact(fit, data, tmp_path):
+    whole = fit('whole', *NOISY)
+    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'cut', *NOISY]
+    process = start(*argv)
+    for line in process.stdout:
+        if line.startswith('epoch 1 [1/2]'):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert len(rows(tmp_path / 'cut')) < 3
+    fit('cut', *NOISY, '--resume', str(tmp_path / 'cut' / 'last.pth.tar'))
+    assert_same_state(whole, tmp_path / 'cut')
+    assert (whole / 'summary.csv').read_text() == (tmp_path / 'cut' / 'summary.csv').read_text()
+
+
+def test_resume_with_other_arguments_says_so(fit, capsys):
+    folder = fit('a')
+    fit('a', '--epochs', '2', '--drop', '0.5', '--resume', str(folder / 'last.pth.tar'))
+    assert 'not an exact continuation, arguments differ: drop 0.0 -> 0.5, epochs 1 -> 2' in capsys.readouterr().err
+
+
+def test_resume_of_a_finished_run_keeps_its_best(fit, capsys):
+    folder = fit('a')
+    best = capsys.readouterr().out.splitlines()[-1]
+    before = (folder / 'summary.csv').read_text()
+    fit('a', '--resume', str(folder / 'last.pth.tar'))
+    assert capsys.readouterr().out.splitlines()[-1] == best
+    assert (folder / 'summary.csv').read_text() == before
+
+
+def test_best_is_found_again_when_killed_between_two_files(fit):
+    folder = fit('a', '--epochs', '2')
+    for path in (*folder.glob('checkpoint-*'), folder / 'model_best.pth.tar'):
+        path.unlink()
+    state = torch.load(folder / 'last.pth.tar', weights_only=False)
+    state['saver'] = {'checkpoint_files': [], 'best_epoch': None, 'best_metric': None, 'pending': (1, state['metric'])}
+    torch.save(state, folder / 'last.pth.tar')
+    fit('a', '--epochs', '2', '--resume', str(folder / 'last.pth.tar'))
+    assert load_checkpoint_metadata(str(folder / 'model_best.pth.tar'))['metric'] == state['metric']
+    assert (folder / 'checkpoint-1.pth.tar').exists()
+
+
+def test_half_written_checkpoint_replaces_nothing(fit, monkeypatch, capsys):
+    folder = fit('a')
+    before = (folder / 'last.pth.tar').read_bytes()
+
+    def save(state: Any, path: str) -> None:
+        Path(path).write_bytes(b'half')
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(torch, 'save', save)
+        fit('a', '--epochs', '2', '--resume', str(folder / 'last.pth.tar'), expect=130)
+    assert (folder / 'last.pth.tar').read_bytes() == before
+    assert f'--resume {folder / "last.pth.tar"}' in capsys.readouterr().err
+
+
+def test_interrupt_says_how_to_go_on(data, tmp_path):
+    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '99']
+    process = start(*argv, '-j', '1', '--log-interval', '1')
+    lines = []
+    for line in process.stdout:
+        lines.append(line)
+        if line.startswith('epoch 1 [1/'):
+            os.killpg(process.pid, signal.SIGINT)
+    assert process.wait() == 130
+    last = tmp_path / 'a' / 'last.pth.tar'
+    assert f'--experiment a --resume {last}' in lines[-1]
+    assert 'Traceback' not in ''.join(lines)
+    assert load_checkpoint_metadata(str(last))['epoch'] == 0
+
+
+def test_non_finite_loss_stops_the_run(fit, monkeypatch, capsys):
+    folder = fit('a')
+    before = (folder / 'last.pth.tar').read_bytes()
+    monkeypatch.setattr(train, 'make_loss', lambda args, mixing: lambda output, target: output.sum() * float('nan'))
+    fit('a', '--epochs', '2', '--resume', str(folder / 'last.pth.tar'), expect=1)
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert 'loss is nan in epoch 1, update 0, at learning rate 0.0005' in error and 'last.pth.tar' in error
+    assert (folder / 'last.pth.tar').read_bytes() == before
+
+
+@pytest.mark.parametrize('lr, answer', [('3e38', 'weights are not finite'), ('1e37', 'evaluation loss is nan')])
+def test_weights_ruined_by_the_last_update_are_not_saved(fit, capsys, lr, answer):
+    folder = fit('a', *PLAIN, '-b', '18', '--opt', 'sgd', '--lr', lr, '--weight-decay', '10', expect=1)
+    assert f'{answer} after epoch 0' in capsys.readouterr().err
+    assert not (folder / 'last.pth.tar').exists()
+
+
+# several processes
+
+
+def test_two_processes_train_and_evaluate_like_one(fit, data, tmp_path):
+    common = [*PLAIN, '--opt', 'sgd', '--lr', '0.1', '--epochs', '2']
+    one = fit('one', *common, '-b', '18')
+    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), *common]
+    finish(start(*argv, '-b', '9', '--experiment', 'two', '-vb', '4', processes=2))
+    finish(start(*argv, '-b', '3', '--grad-accum-steps', '3', '--experiment', 'steps', processes=2))
+    for name in ('two', 'steps'):
+        for (k, a), b in zip(weights(one).items(), weights(tmp_path / name).values(), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=k)
+        for row, expected in zip(rows(tmp_path / name), rows(one), strict=True):
+            assert [float(v) for v in row.values()] == pytest.approx([float(v) for v in expected.values()], rel=1e-4)
+
+
+def test_evaluation_by_two_processes_counts_each_image_once(tmp_path):
+    root = image_folder(tmp_path / 'images', splits=('train',), per_class=4)
+    image_folder(root, splits=('validation',), per_class=3)  # 9 images in two processes: one is seen twice
+    argv = [*TINY, *COMMON, *PLAIN, '-b', '6', '--data-dir', str(root), '--output', str(tmp_path)]
+    finish(start(*argv, '--experiment', 'two', processes=2))
+    args = validate.build_parser().parse([
+        *TINY, '--device', 'cpu', '-j', '0', '-b', '4', '--data-dir', str(root),
+        '--checkpoint', str(tmp_path / 'two' / 'last.pth.tar')])
+    assert validate.validate(args)['top1'] == pytest.approx(float(rows(tmp_path / 'two')[0]['eval_top1']), abs=1e-3)
+
+
+def test_failure_of_one_process_ends_the_others(tmp_path, data):
+    script = tmp_path / 'start.py'
+    script.write_text(
+        f'import os, sys; sys.path.insert(0, {str(REPO)!r})\n'
+        'from vitlinear.tools import train\n'
+        'if os.environ["RANK"] == "1":\n'
+        '    train.make_loss = lambda args, mixing: lambda output, target: output.sum() * float("nan")\n'
+        'sys.exit(train.main())\n')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    done = subprocess.run(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc-per-node=2', f'--master-port={port}', str(script),
+         *TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'a'],
+        env={**os.environ, 'OMP_NUM_THREADS': '1'}, capture_output=True, text=True, timeout=120)
+    assert done.returncode != 0
+    assert 'error (rank 1): loss is nan in epoch 0, update 0' in done.stderr
+
+
+# configs
+
+
+@pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
+def test_packaged_configs_parse_and_name_existing_models(path, tmp_path):
+    assert _script.find_config(path.stem).resolve() == path
+    config = yaml.safe_load(path.read_text())
+    if 'kd_model_name' in config:
+        with pytest.raises(_script.UsageError, match=r'kd_model_name .*python -m vitlinear.tools.run train.py'):
+            build_parser().parse(['--config', str(path)])
+        path = tmp_path / path.name
+        path.write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in DISTILLATION}))
+    args = build_parser().parse(['--config', str(path)])
+    assert timm.is_model(args.model.partition('.')[0])
+    assert args.device_modules == ['vitlinear']
+    if args.model.startswith('castling'):  # the branch goes, by our schedule or, in timm's script, by the model's
+        assert (args.castling_ramp == [.1, .7]) != bool(args.model_kwargs.get('castling_steps'))
+
+
+@pytest.mark.parametrize('name', ['qna_vit_base_in1k', 'qna_vit_base_in1k_384', 'qna_vit_tiny_cifar100_32px'])
+def test_qna_vit_configs_train(name, data, tmp_path, monkeypatch):
+    """With a small model, on small data of the same form; the others hold the same keys."""
+    argv = ['--config', name, '--model', 'qna_vit_nano', '--img-size', '32', '--device', 'cpu', '-j', '0']
+    argv += ['--amp-dtype', 'bfloat16', '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    argv += ['--experiment', name]
+    if 'cifar' in name:
+        argv += ['--data-dir', str(cifar100(tmp_path, monkeypatch, 20, 100)), '-b', '10']
+    else:
+        argv += ['--data-dir', data, '--num-classes', '3', '-b', '4']
+    if name.endswith('384'):  # from weights for other windows and classes
+        torch.save(timm.create_model('qna_vit_nano', num_classes=7).state_dict(), tmp_path / 'start.pth')
+        argv += ['--pretrained-path', str(tmp_path / 'start.pth'), '--img-size', '48', '--model-kwargs', 'img_size=48']
+    assert main(argv) == 0
+    assert len(rows(tmp_path / name)) == 1
+    if name.endswith('384'):
+        assert float(rows(tmp_path / name)[0]['lr']) == pytest.approx(1e-5 * 4 * 2 / 256)
+        assert weights(tmp_path / name)['stages.2.blocks.0.attn.relative_position_bias_table'].shape == (11 ** 2, 4)
+
+
+@pytest.mark.parametrize('name, drop_path, warmup', [
+    ('qna_vit_tiny', .05, 5), ('qna_vit_tiny_7x7', .05, 5), ('qna_vit_small', .2, 5), ('qna_vit_base', .5, 20)])
+def test_qna_vit_recipe(name, drop_path, warmup):
+    """A learning rate of 0.002 for the authors' batch of 1024."""
+    args = build_parser().parse(['--config', f'{name}_in1k'])
+    assert (args.model, args.drop_path, args.warmup_epochs) == (name, drop_path, warmup)
+    assert args.lr_base * args.batch_size * 8 / args.lr_base_size == pytest.approx(2e-3) and args.lr is None
+    assert (args.epochs, args.opt, args.weight_decay, args.min_lr, args.clip_grad) == (300, 'adamw', .05, 0, None)
+
+
+@pytest.mark.parametrize('name', [
+    'castling_levit_384_in1k', 'castling_mvitv2_base_in1k', 'castling_nano_cifar100_32px'])
+def test_castling_configs_train(name, data, tmp_path, monkeypatch):
+    """With a small model, on small data of the same form; the others hold the same keys."""
+    argv = ['--config', name, '--model', 'castling_nano', '--img-size', '32', '--device', 'cpu', '-j', '0']
+    argv += ['--model-kwargs', 'embed_dims=(8,8,16,16)', 'depths=(1,1,1,1)', 'num_heads=(1,1,2,2)', 'mlp_ratios=1.']
+    argv += ['--amp-dtype', 'bfloat16', '--epochs', '1', '--warmup-epochs', '0', '--output', str(tmp_path)]
+    argv += ['--experiment', name, '--aug-repeats', '0']
+    if 'cifar' in name:
+        argv += ['--data-dir', str(cifar100(tmp_path, monkeypatch, 20, 100)), '-b', '10']
+    else:
+        argv += ['--data-dir', data, '--num-classes', '3', '-b', '4']
+    assert main(argv) == 0
+    assert float(rows(tmp_path / name)[0]['train_castling_density']) == 0
+
+
+@pytest.mark.parametrize('name, batch, epochs, drop_path, lr, others', [
+    ('levit_128', 1024, 1000, 0, 1e-3, dict(weight_decay=.025, clip_grad=.01, clip_mode='agc', min_lr=1e-5)),
+    ('levit_384', 1024, 1000, .1, 1e-3, dict(weight_decay=.025, clip_grad=.01, clip_mode='agc', min_lr=1e-5)),
+    ('mvitv2_small', 2048, 300, .1, 2e-3, dict(weight_decay=.05, clip_grad=1, warmup_epochs=70, min_lr=1e-6)),
+    ('mvitv2_base', 2048, 300, .3, 2e-3, dict(weight_decay=.05, clip_grad=1, aa='rand-m9-n6-mstd0.5-inc1')),
+    ('deit_base_patch16_224', 1024, 300, .1, 1e-3, dict(weight_decay=.05, clip_grad=None, aug_repeats=3)),
+    ('pvt_v2_b2', 1024, 300, .1, 1e-3, dict(weight_decay=.05, clip_grad=1)),
+])
+def test_castling_recipe(name, batch, epochs, drop_path, lr, others):
+    args = build_parser().parse(['--config', f'castling_{name}_in1k'])
+    args.world_size = 8
+    train.set_lr(args)
+    assert (args.model, args.batch_size * 8, args.epochs, args.opt) == (f'castling_{name}', batch, epochs, 'adamw')
+    assert args.lr == pytest.approx(lr) and args.drop_path == drop_path
+    assert {k: getattr(args, k) for k in others} == others
+    assert (args.mixup, args.cutmix, args.smoothing, args.reprob) == (.8, 1, .1, .25)
+
+
+def test_castling_steps_of_the_recipes_with_a_teacher():
+    """1,281,167 images in 8 processes, whole batches alone; and nothing else than without a teacher."""
+    for path in (p for p in CONFIGS if 'kd_model_name' in p.read_text()):
+        config = yaml.safe_load(path.read_text())
+        batches = 1281167 // 8 // config['batch_size']
+        assert config.pop('model_kwargs') == {'castling_steps': batches * config['epochs']}, path
+        name = path.name.replace('_distilled', '').replace('_distill', '')
+        plain = yaml.safe_load(path.with_name(name).read_text())
+        assert plain.pop('castling_ramp') == [.1, .7]
+        assert DISTILLATION < config.keys()
+        config = {k: v for k, v in config.items() if k not in DISTILLATION}
+        assert {**config, 'model': plain['model']} == plain
+
+
+def test_command_line_beats_yaml(tmp_path):
+    path = tmp_path / 'c.yaml'
+    path.write_text(
+        'model: vvt_nano\nlr: 1e-3\nepochs: 7\nscale: [0.5, 1]\nmodel_kwargs: {patch_stride: 2}\namp: true\n')
+    args = build_parser().parse(['-c', str(path), '--epochs', '9'])
+    assert (args.model, args.lr, args.epochs, args.scale, args.amp) == ('vvt_nano', 1e-3, 9, [0.5, 1.0], True)
+    assert args.model_kwargs == {'patch_stride': 2} and args.batch_size == 128
+
+
+def test_packaged_config_is_found_by_name(tmp_path, monkeypatch):
+    (tmp_path / 'vvt_x.yaml').write_text('epochs: 3\n')
+    monkeypatch.setattr(_script, 'config_folder', lambda: tmp_path)
+    assert build_parser().parse(['--config', 'vvt_x']).epochs == 3
+    with pytest.raises(_script.UsageError, match='did you mean vvt_x'):
+        _script.find_config('vvt_y')
+
+
+@pytest.mark.parametrize('text, answer', [
+    ('modle: vvt_nano', 'unknown key modle, did you mean model'),
+    ('epochs: two', 'epochs: expected an integer'),
+    ('epochs: 2.5', 'epochs: expected an integer'),
+    ('epochs: 0', 'epochs: must be 1 or more'),
+    ('epochs: null', 'epochs: expected a number'),
+    ('amp: 1', 'amp: expected true or false'),
+    ('lr: [1]', 'lr: expected a number'),
+    ('model: 3', 'model: expected a string'),
+    ('scale: 0.5', 'scale: expected a list'),
+    ('input_size: [3, 32]', 'input_size: expected a list of 3'),
+    ('amp_dtype: half', 'amp_dtype: '),
+    ('model_kwargs: a=1', 'model_kwargs: expected a mapping'),
+    ('kd_model_name: resnet50', "key kd_model_name belongs to timm's train.py"),
+    ('a: [1\nb', 'cannot be read as YAML'),
+    ('- a\n- b', 'must hold'),
+])
+def test_bad_configs_get_one_line(tmp_path, capsys, text, answer):
+    (tmp_path / 'c.yaml').write_text(text + '\n')
+    assert main(['--config', str(tmp_path / 'c.yaml')]) == 2
+    err = capsys.readouterr().err
+    assert answer in err and len(err.splitlines()) == 1
+
+
+def test_unsupported_keys_at_their_defaults_are_no_obstacle(tmp_path):
+    (tmp_path / 'c.yaml').write_text(yaml.safe_dump({**train.UNSUPPORTED, 'epochs': 3}))
+    assert build_parser().parse(['--config', str(tmp_path / 'c.yaml')]).epochs == 3
+
+
+# mistakes
+
+
+@pytest.mark.parametrize('extra, answer', [
+    (['--data-dir', 'nowhere'], 'data folder nowhere does not exist'),
+    (['--data-dir', ''], 'give --data-dir'),
+    (['--train-split', 'foo'], 'no folder for split foo'),
+    (['--val-split', 'foo'], 'no folder for split foo'),
+    (['--model', 'vvt_nanoo'], 'unknown model vvt_nanoo, did you mean vvt_nano'),
+    (['--dataset', 'cifar100'], 'unknown dataset cifar100, did you mean torch/cifar100'),
+    (['--dataset', 'torch/cifar1000'], 'unknown dataset torch/cifar1000, did you mean torch/cifar100'),
+    (['--dataset', 'torch/cifar100'], '--dataset-download'),
+    (['--dataset', 'wds/x'], 'is a stream'),
+    (['--config', 'nowhere.yaml'], 'neither a file nor a packaged config'),
+    (['--resume', 'nowhere.pth.tar'], 'no such file'),
+    (['--resume', __file__], 'damaged, or not a checkpoint'),
+    (['-b', '0'], 'must be 1 or more'),
+    (['-b', '19'], '18 training images are fewer than one batch of 19'),
+    (['--epochs', '0'], 'must be 1 or more'),
+    (['--epochs', 'x'], 'expected an integer'),
+    (['--img-size', '0'], 'must be 1 or more'),
+    (['--img-size', '3'], 'does not take images of 3x3x3'),
+    (['--lr', 'nan'], '--lr: nan'),
+    (['--device', 'cuda:99'], '--device cpu'),
+    (['--device', 'nonsense'], '--device nonsense'),
+    (['--num-classes', '5'], 'split train has 3 classes and the head of the model 5'),
+    (['--opt', 'nonsense'], 'optimizer nonsense'),
+    (['--sched', 'nonsense'], 'schedule nonsense'),
+    (['--aa', 'nonsense'], 'augmentation'),
+    (['--mixup', '1', '-b', '3'], 'even --batch-size'),
+    (['--aug-repeats', '3'], 'torchrun'),
+    (['--mean', '1', '2'], '--mean'),
+    (['--initial-checkpoint', 'nowhere'], 'checkpoint nowhere does not exist'),
+    (['--initial-checkpoint', __file__], '--initial-checkpoint'),
+    (['--model-kwargs', 'nonsense=1'], 'nonsense'),
+    (['--device-modules', 'no_such_module'], 'no_such_module'),
+    (['--castling-ramp', '.1', '.7'], '--castling-ramp 0.1 0.7: VisionTransformer has no layers with an auxiliary'),
+    (['--castling-ramp', '.1'], 'expected 2 arguments'),
+    (['--kd-model-name', 'resnet50'], "--kd-model-name belongs to timm's train.py"),
+    (['--naflex-loader'], 'python -m vitlinear.tools.run train.py'),
+    (['--mixupp', '1'], 'unknown flag --mixupp, did you mean --mixup'),
+])
+def test_mistakes_get_one_line(data, tmp_path, capsys, extra, answer):
+    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), *extra]
+    assert main(argv) == 2
+    err = capsys.readouterr().err
+    assert answer in err and len(err.splitlines()) == 1 and err.startswith('vitlinear train: error: ')
+    assert not list(tmp_path.glob('*/last.pth.tar'))
+
+
+def test_number_of_classes_must_be_told(data, tmp_path, capsys):
+    argv = ['--model', 'test_vit', '--model-kwargs', 'img_size=32', '--img-size', '32', *COMMON, '--data-dir', data]
+    assert main(argv) == 2
+    assert '3 classes and the head of the model 1000: give --num-classes 3' in capsys.readouterr().err
+
+
+def test_gpu_that_is_absent(data, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, 'is_available', lambda: False)
+    assert main([*TINY, '--data-dir', data]) == 2
+    assert '--device cpu' in capsys.readouterr().err
+
+
+def test_channels_of_the_data(tmp_path, capsys):
+    argv = [*TINY, *COMMON, '--num-classes', '10', '--dataset', 'torch/fashion_mnist']
+    assert main([*argv, '--data-dir', str(fashion_mnist(tmp_path))]) == 2
+    assert 'give --in-chans 1' in capsys.readouterr().err
+
+
+def test_empty_class_folder_and_different_classes(tmp_path, capsys):
+    root = image_folder(tmp_path / 'images')
+    argv = [*TINY, *COMMON, '--data-dir', str(root), '--output', str(tmp_path)]
+    (root / 'train' / 'empty').mkdir()
+    assert main(argv) == 2
+    assert f'class folder {root / "train" / "empty"} holds no images' in capsys.readouterr().err
+    (root / 'train' / 'empty').rmdir()
+    (root / 'validation' / 'class1').rename(root / 'validation' / 'other')
+    assert main(argv) == 2
+    assert 'do not have the same classes' in capsys.readouterr().err
+
+
+def test_checkpoints_that_cannot_be_resumed(fit, tmp_path, capsys):
+    folder = fit('a')
+    last = folder / 'last.pth.tar'
+    (tmp_path / 'cut.pth.tar').write_bytes(last.read_bytes()[:20000])
+    torch.save(weights(folder), tmp_path / 'weights.pth')
+    capsys.readouterr()
+    for extra, answer in (
+        (['--resume', str(tmp_path / 'cut.pth.tar')], 'damaged'),
+        (['--resume', str(tmp_path / 'weights.pth')], '--initial-checkpoint'),
+        (['--resume', str(last), '--model', 'test_vit2'], 'a checkpoint of test_vit, not of test_vit2'),
+        (['--resume', str(last), '--sched', 'plateau'], 'plateau'),
+        ([], f'holds a run: continue it with --resume {last}'),
+    ):
+        fit('a', *extra, expect=2)
+        err = capsys.readouterr().err
+        assert answer in err and len(err.splitlines()) == 1
+
+
+# timm's own script
+
+
+@pytest.mark.skipif(not TIMM_SCRIPTS, reason="TIMM_SCRIPTS names no checkout of timm's repository")
+@pytest.mark.parametrize('name', ['train', 'validate'])
+def test_flags_are_those_of_timms_script(name):
+    spec = importlib.util.spec_from_file_location(f'timm_{name}', os.path.join(TIMM_SCRIPTS, f'{name}.py'))
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    theirs = {a.dest: a for a in script.parser._actions}
+    program = {'train': train, 'validate': validate}[name]
+    ours = {a.dest: a for a in program.build_parser()._actions if a.dest not in ('config', 'castling_ramp')}
+    for dest, action in ours.items():
+        assert (action.default, action.nargs, action.const, set(action.option_strings)) == (
+            theirs[dest].default, theirs[dest].nargs, theirs[dest].const, set(theirs[dest].option_strings)), dest
+    for dest in theirs.keys() - ours.keys():
+        assert program.UNSUPPORTED[dest] == theirs[dest].default, dest
+
+
+@pytest.mark.skipif(not TIMM_SCRIPTS, reason="TIMM_SCRIPTS names no checkout of timm's repository")
+def test_timms_train_script_gets_the_same_weights(fit, data, tmp_path):
+    # one batch an epoch, so that the order of the images does not matter
+    extra = [*PLAIN, '-b', '18', '--epochs', '2', '--clip-grad', '1', '--model-ema', '--opt', 'momentum']
+    ours = fit('ours', *extra)
+    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'theirs', *extra]
+    done = subprocess.run(
+        [sys.executable, '-m', 'vitlinear.tools.run', os.path.join(TIMM_SCRIPTS, 'train.py'), *argv],
+        env={**os.environ, 'PYTHONPATH': str(REPO), 'OMP_NUM_THREADS': '1'},
+        capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for (k, a), b in zip(weights(ours).items(), weights(tmp_path / 'theirs').values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=k)
+    assert [float(row['lr']) for row in rows(ours)] == [float(row['lr']) for row in rows(tmp_path / 'theirs')]

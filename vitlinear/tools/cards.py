@@ -1,0 +1,358 @@
+"""Model cards: the README.md of a checkpoint's folder, written from its record.
+
+    vitlinear card FOLDER ...            write the card of each folder
+    vitlinear card --check FOLDER ...    say which are out of date, and fail if one is
+
+The card states what the record knows and leaves out the rest: an accuracy that nobody measured is never filled in.
+"""
+import re
+import textwrap
+from pathlib import Path
+from typing import List, Optional, Sequence, Union
+
+import timm
+import torch
+from huggingface_hub import EvalResult, ModelCardData
+
+from vitlinear.tools._script import Parser, RunError, UsageError, run_script, suggest, usage_errors
+from vitlinear.zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
+from vitlinear.tools.info import (
+    Family, architectures, family_of, is_ours, measured, numbers, percent, published, short, size_of)
+
+CARD_NAME = 'README.md'
+WIDTH = 120
+
+_CLASSIFICATION = '''\
+import timm
+import torch
+import vitlinear  # registers the model with timm
+from PIL import Image
+
+model = timm.create_model({name!r}, pretrained=True).eval()
+transform = timm.data.create_transform(**timm.data.resolve_data_config(model=model))
+
+image = Image.new({mode!r}, ({width}, {height}))  # your image{kind}
+with torch.no_grad():
+    probabilities = model(transform(image).unsqueeze(0)).softmax(dim=-1)[0]
+{labels}for i in probabilities.topk({top}).indices.tolist():
+    print(f'{{probabilities[i]:.3f}}', {label})
+'''
+
+_FEATURES = '''\
+import timm
+import torch
+import vitlinear
+
+model = timm.create_model({name!r}, pretrained=True, features_only=True).eval()
+for feature in model(torch.randn(1, {size})):
+    print(feature.shape)
+{shapes}
+'''
+
+_EMBEDDINGS = '''\
+import timm
+import torch
+import vitlinear
+
+model = timm.create_model({name!r}, pretrained=True, num_classes=0).eval()
+images = torch.randn(1, {size})
+print(model(images).shape)  # {pooled}
+
+features = model.forward_features(images)
+print(features.shape)  # {unpooled}
+print(model.forward_head(features, pre_logits=True).shape)  # {pooled}
+'''
+
+_TRAINING = '''\
+vitlinear train --model {name} --pretrained --num-classes 5 --data-dir photos \\
+    --input-size {size} --opt adamw --lr 2e-4 --epochs 10 --warmup-epochs 1 --device cpu
+'''
+
+
+def _fill(text: str, indent: str = '') -> str:
+    return textwrap.fill(
+        text, WIDTH, subsequent_indent=' ' * len(indent), initial_indent=indent, break_long_words=False,
+        break_on_hyphens=False)
+
+
+def _command(text: str) -> str:
+    """A shell command over several lines where it is long, broken before its flags."""
+    lines = ['']
+    for part in re.split(r' (?=-)', text):
+        if lines[-1] and len(lines[-1]) + len(part) > WIDTH - 3:
+            lines.append(f'    {part}')
+        else:
+            lines[-1] = f'{lines[-1]} {part}'.lstrip() if len(lines) == 1 else f'{lines[-1]} {part}'
+    return ' \\\n'.join(lines)
+
+
+def _code(language: str, text: str) -> str:
+    return f'```{language}\n{text.strip()}\n```'
+
+
+def model_name(record: Record, repo_id: Optional[str] = None) -> str:
+    """The name by which timm.create_model finds the weights.
+
+    Args:
+        record: Record of the checkpoint.
+        repo_id: Repository that the folder is being sent to.
+
+    Returns:
+        The tag where the installed package knows the weights, the repository where they are on the Hub, and the folder
+        itself otherwise.
+    """
+    known = find_record(record.name)
+    repo_id = repo_id or record.hub.repo_id
+    if known is not None and known.sha256 == record.sha256 and (known.weights or known.hub.repo_id):
+        return record.name
+    if repo_id:
+        return f'hf-hub:{repo_id}'
+    return f'local-dir:{record.folder.resolve().name if record.folder else record.name}'
+
+
+def _front_matter(record: Record) -> str:
+    top1, dataset = measured(record), record.dataset
+    results = None
+    if top1 and dataset and dataset.id:
+        split = next(m.split for m in record.metrics if m.name == 'top-1')
+        results = [EvalResult(
+            task_type='image-classification', dataset_type=dataset.id, dataset_name=dataset.name, dataset_split=split,
+            metric_type='accuracy', metric_name='top-1', metric_value=top1.value)]
+    data = ModelCardData(
+        tags=['image-classification', 'timm', 'vitlinear'],
+        library_name='timm',
+        license=record.license,
+        datasets=[dataset.id] if dataset and dataset.id else None,
+        metrics=['accuracy'] if top1 else None,
+        model_name=record.name if results else None,
+        eval_results=results,
+    )
+    return f'---\n{data.to_yaml()}\n---'
+
+
+def _shapes(record: Record) -> dict:
+    """Shapes that the snippets print, from a run of the model on 'meta'."""
+    config = record.folder / 'config.json' if record.folder else None
+    name = f'local-dir:{record.folder}' if config and config.is_file() else record.architecture
+    images = torch.empty(1, *record.cfg.input_size, device='meta')
+    kwargs = dict(in_chans=record.cfg.input_size[0], device='meta')
+    with torch.no_grad():
+        features = timm.create_model(name, features_only=True, **kwargs).eval()(images)
+        model = timm.create_model(name, num_classes=0, **kwargs).eval()
+        unpooled = model.forward_features(images)
+        pooled = model.forward_head(unpooled, pre_logits=True)
+    return dict(
+        shapes='\n'.join(f'# {f.shape}' for f in features), unpooled=str(unpooled.shape), pooled=str(pooled.shape))
+
+
+def _summary(record: Record, family: Family) -> str:
+    title = family.title.partition(',')[0]
+    article = 'An' if title[0] in 'AEIOUX' else 'A'
+    data = f' on {record.dataset.name}' if record.dataset else ''
+    return (
+        f'{article} {title} image classification model with {short(record.parameters).replace(" ", "")} '
+        f'parameters and linear attention. Trained{data} by {record.provenance.trained_by}.')
+
+
+def _details(record: Record, family: Family) -> List[str]:
+    cfg, dataset, top1 = record.cfg, record.dataset, measured(record)
+    origin = timm.get_pretrained_cfg(record.architecture).origin_url
+    lines = [
+        '**Model type:** image classification and feature backbone, linear attention',
+        f'**Parameters:** {record.parameters:,}',
+    ]
+    if record.macs:
+        lines.append(f'**MACs:** {short(record.macs)} at {size_of(cfg.input_size)}, attention products counted')
+    lines.append(
+        f'**Images:** {size_of(cfg.input_size)} (channels, height, width), {cfg.interpolation} interpolation, crop '
+        f'{cfg.crop_pct:g}, mean {numbers(cfg.mean)}, std {numbers(cfg.std)}; {cfg.num_classes} classes')
+    if top1:
+        lines.append(f'**Accuracy:** **{percent(top1.value)} % top-1** on {top1.dataset} ({top1.detail})')
+    else:
+        lines.append('**Accuracy:** not measured')
+        said = published(record.architecture)
+        if said and cfg.num_classes == 1000:
+            who = dict(paper='the paper', authors='its authors').get(said.source, said.source)
+            lines[-1] += (
+                f'. Published for the architecture, by {who}: {percent(said.value)} % top-1 on {said.dataset} '
+                f'({said.detail}); whether these weights reach it is not known')
+    lines += [
+        f'**Mechanism:** {record.provenance.mechanism}',
+        f'**Configuration:** {record.provenance.configuration}',
+    ]
+    if family.paper:
+        lines.append(f'**Paper:** {", ".join(filter(None, (family.paper, family.url)))}')
+    if origin:
+        lines.append(f"**Authors' code:** {origin}")
+    if dataset:
+        counts = ((dataset.train_images, 'training images'), (dataset.test_images, 'test images'))
+        words = [dataset.name, *[f'{n:,} {what}' for n, what in counts if n], dataset.url]
+        words += [f'licence {dataset.license}'] if dataset.license else []
+        lines.append('**Data:** ' + ', '.join(filter(None, words)))
+    if not record.license:
+        lines.append('**Licence:** unknown; ask whoever made these weights before you use them')
+    return [_fill(line, '- ') for line in lines]
+
+
+def _training(record: Record) -> List[str]:
+    facts = record.training
+    if facts is None:
+        return ['How these weights were trained is not recorded here.']
+    files = [
+        f'`{name}` {what}' for name, what in (
+            ('args.yaml', 'holds all settings'), ('summary.csv', 'the loss and accuracy of each epoch'))
+        if record.folder and (record.folder / name).is_file()]
+    files += [f'`{facts.log}` the output'] if facts.log else []
+    lines, blocks = [], []
+    if facts.epochs:
+        lines.append(f'{facts.epochs} epochs')
+    if facts.seeds:
+        runs = 'one run, seed' if len(facts.seeds) == 1 else f'{len(facts.seeds)} runs, seeds'
+        lines.append(f'{runs} {", ".join(map(str, facts.seeds))}')
+    if facts.weights:
+        lines.append(f'Weights: {facts.weights}')
+    if facts.hardware:
+        lines.append(f'Hardware: {facts.hardware}')
+    if facts.software:
+        lines.append('Software: ' + ', '.join(f'{name} {version}' for name, version in facts.software.items()))
+    if facts.wall_time:
+        lines.append(f'Wall time: {facts.wall_time}')
+    lines += [f'Recipe: `{facts.config}`'] if facts.config else []
+    if files:
+        lines.append(', '.join(files))
+    blocks.append('\n'.join(_fill(line[0].upper() + line[1:], '- ') for line in lines))
+    if facts.command:
+        blocks.append(_code('sh', _command(facts.command)))
+    return blocks
+
+
+def _evaluation(record: Record) -> List[str]:
+    blocks = []
+    for metric in record.metrics:
+        split = f'{metric.split} split' if metric.unit == '%' else metric.split
+        words = [f'{metric.name}: {metric.value:g} {metric.unit}', split, metric.dtype]
+        words += [f'{metric.images:,} images'] if metric.images else []
+        words += [f'seed {metric.seed}'] if metric.seed is not None else []
+        blocks.append(_fill(', '.join(filter(None, words)), '- '))
+    commands = dict.fromkeys(_command(m.command) for m in record.metrics if m.command)
+    return ['\n'.join(blocks), *([_code('sh', '\n'.join(commands))] if commands else [])]
+
+
+def render_card(record: Record, repo_id: Optional[str] = None) -> str:
+    """The card of a checkpoint, in Markdown with the Hub's front matter.
+
+    Args:
+        record: Record of the checkpoint; what else its folder holds, such as a log, is mentioned.
+        repo_id: Repository that the folder is being sent to, where that is not the record's.
+    """
+    family, cfg, name = family_of(record.architecture), record.cfg, model_name(record, repo_id)
+    size = ', '.join(str(n) for n in cfg.input_size)
+    hub = repo_id or record.hub.repo_id
+    where = dict(
+        tag='The package knows these weights by name; `import vitlinear` makes them known to timm.',
+        hub='`import vitlinear` makes the architecture known to timm.',
+        folder=f'`import vitlinear` makes the architecture known to timm. The folder `{name.partition(":")[2]}` is '
+               f'looked for where Python was started.',
+    )['tag' if ':' not in name else 'hub' if name.startswith('hf-hub:') else 'folder']
+    if hub and ':' not in name:
+        where += f' From the Hub they load as `timm.create_model({"hf-hub:" + hub!r}, pretrained=True)`, too.'
+    labels = cfg.label_names is not None
+    blocks = [
+        _front_matter(record),
+        f'# Model card for {record.name}',
+        _fill(_summary(record, family)),
+        '## Model details',
+        '\n'.join(_details(record, family)),
+        *[_fill(paragraph) for paragraph in family.text.split('\n\n') if paragraph],
+        '## Use',
+        _fill(f'Install the package with `pip install vitlinear`, or `pip install .` in a checkout of it. {where}'),
+    ]
+    if cfg.input_size[0] in (1, 3) and cfg.num_classes:
+        blocks += ['### Image classification', _code('python', _CLASSIFICATION.format(
+            name=name,
+            mode='L' if cfg.input_size[0] == 1 else 'RGB',
+            width=cfg.input_size[2],
+            height=cfg.input_size[1],
+            kind=', in shades of grey' if cfg.input_size[0] == 1 else '',
+            labels="labels = model.pretrained_cfg['label_names']\n" if labels else '',
+            label='labels[i]' if labels else 'i',
+            top=min(5, cfg.num_classes),
+        ))]
+    shapes = _shapes(record)
+    blocks += [
+        '### Feature maps',
+        _code('python', _FEATURES.format(name=name, size=size, **shapes)),
+        '### Embeddings',
+        _code('python', _EMBEDDINGS.format(name=name, size=size, **shapes)),
+        '### Fine-tuning',
+        _fill('On images in `photos/train/CLASS/*` and `photos/validation/CLASS/*`, here of five classes. With a GPU, '
+              'leave out `--device cpu`.'),
+        _code('sh', _TRAINING.format(name=name, size=' '.join(str(n) for n in cfg.input_size))),
+        '## Training',
+        *_training(record),
+    ]
+    if record.metrics:
+        blocks += ['## Evaluation', *_evaluation(record)]
+    blocks += ['## File', '\n'.join((
+        f'- `{record.file}`, {record.size:,} bytes', f'- sha256 `{record.sha256}`'))]
+    if record.limits:
+        blocks += ['## Limits', _fill(record.limits)]
+    if family.bibtex:
+        blocks += ['## Citation', _code('bibtex', family.bibtex)]
+    return '\n\n'.join(block for block in blocks if block) + '\n'
+
+
+def write_card(folder: Union[str, Path], record: Optional[Record] = None, repo_id: Optional[str] = None) -> Path:
+    """Write the card of a checkpoint's folder, whole or not at all.
+
+    Args:
+        folder: Folder of the checkpoint.
+        record: Its record, read from the folder if not given.
+        repo_id: As for `render_card`.
+
+    Returns:
+        Path of the card.
+    """
+    path = Path(folder) / CARD_NAME
+    write_text(path, render_card(record or read_record(folder), repo_id))
+    return path
+
+
+def _read(folder: Path) -> Record:
+    if not (folder / RECORD_NAME).is_file():
+        raise UsageError(f'{folder} is no folder of a checkpoint: it has no {RECORD_NAME}')
+    with usage_errors(f'{folder}'):
+        record = read_record(folder)
+    if not is_ours(record.architecture):
+        raise UsageError(
+            f'{folder / RECORD_NAME}: unknown architecture {record.architecture}'
+            f'{suggest(record.architecture, architectures())}')
+    return record
+
+
+def _main(argv: Optional[Sequence[str]] = None) -> None:
+    parser = Parser('card', {}, description='Write cards of checkpoints from their records.')
+    parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='folder that holds record.json')
+    parser.add_argument('--check', action='store_true', help='write nothing, fail if a card is out of date')
+    args = parser.parse_args(argv)
+    records = [_read(folder) for folder in args.folders]  # all of them before the first is written
+    stale = []
+    for folder, record in zip(args.folders, records):
+        path = folder / CARD_NAME
+        text = render_card(record)
+        if path.is_file() and path.read_text(encoding='utf-8') == text:
+            continue
+        if args.check:
+            stale.append(str(path))
+        else:
+            try:
+                write_text(path, text)
+            except OSError as e:
+                raise UsageError(f'{path}: {e.strerror or e}') from e
+            print(path)
+    if stale:
+        raise RunError(f'out of date: {", ".join(stale)}; "vitlinear card FOLDER" writes them anew')
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return run_script('card', lambda: _main(argv))

@@ -1,0 +1,442 @@
+"""Folders of checkpoints to the Hub, from it, and checked: `vitlinear push`, `vitlinear pull`, `vitlinear verify`.
+
+    vitlinear push model_cards/vvt_nano.fashion_mnist org/vvt_nano.fashion_mnist --dry-run
+    vitlinear pull org/vvt_nano.fashion_mnist vvt_nano.fashion_mnist
+    vitlinear verify vvt_nano.fashion_mnist
+
+The token is the one that `hf auth login` stored, or HF_TOKEN.
+"""
+import hashlib
+import json
+import re
+import shutil
+import sys
+import tempfile
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import huggingface_hub as hf
+import timm
+from huggingface_hub import errors as hf_errors
+from safetensors import SafetensorError, safe_open
+
+import vitlinear  # noqa: F401  registers the models
+
+from . import _script
+from ._script import RunError, UsageError, suggest
+from .export import check_target, new_folder
+from ..zoo.hub import (
+    HubError, IntegrityError, cache_digest, check_file, download, hub_errors, hub_org, sha256, weights_repo)
+from ..zoo.records import (
+    RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, RecordError, find_record, read_record, record_text, records,
+    write_record,
+)
+
+__all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
+
+_CARD_NAME = 'README.md'
+_PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')
+
+
+def _is_pickle(path: Path) -> bool:
+    """Whether loading the file could run code: by its name, or because it is one of PyTorch's or Python's pickles."""
+    if path.name.endswith(_PICKLES):
+        return True
+    with path.open('rb') as f:
+        head = f.read(4)
+    return head == b'PK\x03\x04' or bool(re.match(rb'\x80[\x02-\x05]', head))
+
+
+def folder_files(folder: Path) -> Dict[str, Path]:
+    """The files of a folder that belong on the Hub, by name there: all but hidden ones."""
+    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
+    return {name: p for name, p in found.items() if not any(part.startswith('.') for part in name.split('/'))}
+
+
+def folder_problems(folder: Union[str, Path], need_record: bool = True) -> List[str]:
+    """What is wrong with the folder of a checkpoint, as phrases; nothing if the list is empty.
+
+    Checked are the hash and size that the record gives, the agreement of record, config and card, that the weights fit
+    the architecture in names and shapes, and that no file can run code.
+
+    Args:
+        folder: The folder.
+        need_record: Whether a missing record is a problem.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        return [f'{folder} is no folder']
+    problems = [
+        f'{name} is or may be a pickle, which can run code when loaded: only safetensors files are published'
+        for name, path in folder_files(folder).items() if _is_pickle(path)]
+    config = _read_config(folder, problems)
+    shapes = _read_shapes(folder, problems)
+    if config and shapes:
+        problems += _misfits(folder, shapes)
+    try:
+        record = read_record(folder)
+    except FileNotFoundError:
+        return problems + ([f'{RECORD_NAME} is missing: there is nothing to check the weights against'] * need_record)
+    except RecordError as e:
+        return [*problems, str(e)]
+    path = folder / record.file
+    if record.file != WEIGHTS_NAME:
+        problems.append(f'{RECORD_NAME} is about {record.file}; the weights are called {WEIGHTS_NAME} on the Hub')
+    elif path.is_file():
+        found, size = sha256(path), path.stat().st_size
+        if found != record.sha256:
+            problems.append(f'{record.file} has the sha256 {found}, {RECORD_NAME} says {record.sha256}')
+        if size != record.size:
+            problems.append(f'{record.file} has {size} bytes, {RECORD_NAME} says {record.size}')
+    if config:
+        problems += _disagreements(record, config)
+    card = folder / _CARD_NAME
+    if not card.is_file():
+        problems.append(f'{_CARD_NAME} is missing: `vitlinear card {folder}` writes it')
+    else:
+        hashes = set(re.findall(r'\b[0-9a-f]{64}\b', card.read_text(encoding='utf-8', errors='replace')))
+        if hashes and record.sha256 not in hashes:
+            problems.append(f'{_CARD_NAME} names the sha256 of other weights: `vitlinear card {folder}` writes it anew')
+    return problems
+
+
+def _read_config(folder: Path, problems: List[str]) -> Dict[str, Any]:
+    try:
+        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
+        architecture = config['architecture']
+        if not isinstance(config['pretrained_cfg'], dict):
+            raise TypeError('pretrained_cfg is no object')
+    except FileNotFoundError:
+        problems.append('config.json is missing')
+    except (KeyError, TypeError, ValueError) as e:
+        problems.append(f'config.json is no config of a timm model ({type(e).__name__}: {e})')
+    else:
+        if timm.is_model(architecture):
+            return config
+        problems.append(f'config.json names the architecture {architecture!r}, unknown to this vitlinear and timm')
+    return {}
+
+
+def _read_shapes(folder: Path, problems: List[str]) -> Dict[str, Tuple[int, ...]]:
+    path = folder / WEIGHTS_NAME
+    if not path.is_file():
+        problems.append(f'{WEIGHTS_NAME} is missing')
+        return {}
+    try:
+        with safe_open(path, 'pt') as f:
+            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+    except (OSError, SafetensorError) as e:
+        problems.append(f'{WEIGHTS_NAME} is no readable safetensors file ({e})')
+        return {}
+
+
+def _misfits(folder: Path, shapes: Dict[str, Tuple[int, ...]]) -> List[str]:
+    try:
+        model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta')
+    except Exception as e:
+        return [f'config.json makes no model ({str(e).splitlines()[0]})']
+    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    wrong = sorted(k for k in {*own, *shapes} if own.get(k) != shapes.get(k))
+    if not wrong:
+        return []
+    name = wrong[0]
+    return [
+        f'{WEIGHTS_NAME} does not fit the model of config.json in {len(wrong)} places: {name} is '
+        f'{shapes.get(name, "missing")}, expected {own.get(name, "nothing")}']
+
+
+def _disagreements(record: Record, config: Dict[str, Any]) -> List[str]:
+    cfg = {**config['pretrained_cfg'], **{k: config[k] for k in ('num_classes', 'label_names') if k in config}}
+    told = dict(architecture=record.architecture, tag=record.tag, **{
+        name: getattr(record.cfg, name)
+        for name in ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'label_names')})
+    cfg['architecture'] = config['architecture']
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
+    return [
+        f'config.json says {name} = {found.get(name)!r}, {RECORD_NAME} {value!r}'
+        for name, value in told.items() if found.get(name) != value]
+
+
+class Upload(NamedTuple):
+    """A file as it would stand on the Hub."""
+    name: str
+    content: Union[bytes, Path]
+    size: int
+    sha256: str
+    blob: str  # git's name of the content
+
+    @classmethod
+    def of(cls, name: str, content: Union[bytes, Path]) -> 'Upload':
+        data = content if isinstance(content, bytes) else content.read_bytes()
+        blob = hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
+        return cls(name, content, len(data), hashlib.sha256(data).hexdigest(), blob)
+
+    def state(self, there: Optional[Dict[str, Any]]) -> str:
+        """'new', 'changed' or 'unchanged' against the files of a repository."""
+        if there is None or self.name not in there:
+            return 'new'
+        remote = there[self.name]
+        same = remote.lfs.sha256 == self.sha256 if remote.lfs else remote.blob_id == self.blob
+        return 'unchanged' if same else 'changed'
+
+
+def _check_repo_id(repo_id: str) -> None:
+    if not REPO_ID.fullmatch(repo_id):
+        raise UsageError(f"{repo_id} is no name of a repository on the Hub, which looks like org/name")
+
+
+def _uploads(folder: Path, record: Record, repo_id: str) -> Tuple[List[Upload], bool]:
+    """The files to be sent, and whether the card among them is the one that its record makes."""
+    from .cards import render_card
+    files: Dict[str, Union[bytes, Path]] = dict(folder_files(folder))
+    # the commit that a record stands in cannot be told in it
+    files[RECORD_NAME] = record_text(replace(record, hub=Hub(repo_id))).encode()
+    generated = (folder / _CARD_NAME).read_text(encoding='utf-8') == render_card(record)
+    if generated:
+        files[_CARD_NAME] = render_card(record, repo_id).encode()
+    return [Upload.of(name, content) for name, content in files.items()], generated
+
+
+def push(
+        folder: Union[str, Path],
+        repo_id: str,
+        private: bool = False,
+        revision: Optional[str] = None,
+        dry_run: bool = False,
+) -> Optional[str]:
+    """Send the folder of a checkpoint to the Hub: what is new or changed there, and nothing else.
+
+    Afterwards the record in the folder names the repository and the commit.
+
+    Args:
+        folder: Folder with weights, config, record and card.
+        repo_id: Repository, made if there is none.
+        private: Make it a private one.
+        revision: Branch, made if there is none.
+        dry_run: Only list what would be sent.
+
+    Returns:
+        The commit that holds the files, None for a dry run.
+    """
+    folder = Path(folder)
+    _check_repo_id(repo_id)
+    problems = folder_problems(folder)
+    if problems:
+        raise UsageError(f'{folder} is not fit to be published: {"; ".join(problems)}')
+    record = read_record(folder)
+    uploads, generated = _uploads(folder, record, repo_id)
+    doing = f"'{folder}' cannot be pushed to '{repo_id}'"
+    api = hf.HfApi(library_name='vitlinear', library_version=vitlinear.__version__)
+    if not dry_run and hf.get_token() is None:
+        raise RunError(f'{doing}: no token was found: `hf auth login`, or set HF_TOKEN.')
+
+    info = branch = None
+    try:
+        with hub_errors(doing, repo_id):
+            info = _info(api, repo_id, None)
+            branch = _info(api, repo_id, revision) if info and revision else info
+    except Exception as e:
+        if not dry_run:
+            raise
+        print(f'The Hub was not asked what it has already: {e}', file=sys.stderr)
+    if info and private and not info.private:
+        raise RunError(f"{doing}: it exists and is public; --private is for new repositories.")
+    there = {s.rfilename: s for s in branch.siblings} if branch else None
+    states = {upload.name: upload.state(there) for upload in uploads}
+    for upload in uploads:
+        print(f'{states[upload.name]:<9}  {upload.size:>12,}  {upload.sha256}  {upload.name}')
+    changed = [upload for upload in uploads if states[upload.name] != 'unchanged']
+    size = sum(upload.size for upload in changed)
+    kind = '' if info else 'private ' if private else 'public '
+    where = f"the {'repository' if info else f'new {kind}repository'} {repo_id}"
+    where += f', branch {revision}' if revision else ''
+    if dry_run:
+        print(f'Dry run: nothing was sent. {len(changed)} files of {size:,} bytes would go to {where}.')
+        return None
+
+    commit = record.hub.revision if record.hub.repo_id == repo_id else None
+    if changed:
+        with hub_errors(doing, repo_id, revision):
+            if info is None:
+                api.create_repo(repo_id, private=private, exist_ok=True)
+            if revision and branch is None:
+                api.create_branch(repo_id, branch=revision, exist_ok=True)
+            commit = api.create_commit(
+                repo_id,
+                operations=[hf.CommitOperationAdd(upload.name, upload.content) for upload in changed],
+                commit_message=f'{record.name}: {", ".join(upload.name for upload in changed)}',
+                revision=revision,
+            ).oid
+    commit = commit or branch.sha
+    record = replace(record, hub=Hub(repo_id, commit), folder=folder)
+    write_record(record, folder)
+    if generated:
+        from .cards import write_card
+        write_card(folder, record)
+    print(f'{len(changed)} files of {size:,} bytes sent to {where}, commit {commit}.' if changed else
+          f'Nothing to send: {where} has it all, commit {commit}.')
+    return commit
+
+
+def _info(api: hf.HfApi, repo_id: str, revision: Optional[str]) -> Optional[Any]:
+    try:
+        return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
+    except hf_errors.GatedRepoError:
+        raise
+    except (hf_errors.RepositoryNotFoundError, hf_errors.RevisionNotFoundError):
+        return None
+
+
+@contextmanager
+def _fetched(repo_id: str, revision: Optional[str]) -> Iterator[Tuple[str, Dict[str, Path]]]:
+    """The commit of a repository and its files, downloaded and each compared with the hash that the Hub gives."""
+    with hub_errors(f"'{repo_id}' cannot be had", repo_id, revision):
+        info = hf.HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
+    names = [s.rfilename for s in info.siblings]
+    if WEIGHTS_NAME not in names:
+        raise RunError(f"'{repo_id}' has no {WEIGHTS_NAME}; it holds {', '.join(names[:8]) or 'nothing'}")
+    files = {}
+    for sibling in info.siblings:
+        name = PurePosixPath(sibling.rfilename)
+        if name.is_absolute() or any(part.startswith('.') for part in name.parts):
+            continue
+        if name.name.endswith(_PICKLES):
+            print(f'{name} is left out: it is or may be a pickle', file=sys.stderr)
+            continue
+        path = download(repo_id, str(name), info.sha)
+        expected = sibling.lfs.sha256 if sibling.lfs else cache_digest(path)
+        if expected:
+            check_file(path, expected, 'the Hub')
+        elif sibling.blob_id and Upload.of('', path.resolve()).blob != sibling.blob_id:
+            raise IntegrityError(
+                f"'{path.resolve()}' is damaged: the Hub has other contents. Delete it to have it downloaded again.")
+        files[str(name)] = path
+    yield info.sha, files
+
+
+def pull(repo_id: str, folder: Union[str, Path], revision: Optional[str] = None) -> Path:
+    """Download the folder of a checkpoint, check it, and put it in place whole.
+
+    Args:
+        repo_id: Repository.
+        folder: Folder to write. One that holds a checkpoint already is replaced; its other files are kept.
+        revision: Branch, tag or commit.
+    """
+    folder = Path(folder)
+    _check_repo_id(repo_id)
+    check_target(folder)
+    with _fetched(repo_id, revision) as (commit, files), new_folder(folder) as new:
+        if folder.is_dir():
+            shutil.copytree(folder, new, dirs_exist_ok=True)
+        for name, path in files.items():
+            (new / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(path, new / name)
+        problems = folder_problems(new, need_record=False)
+        if problems:
+            raise RunError(f"'{repo_id}' was not taken: {'; '.join(problems)}")
+        if RECORD_NAME in files:
+            record = read_record(new)
+            write_record(replace(record, hub=Hub(repo_id, commit), folder=None), new)
+        else:
+            print(f'{repo_id} has no {RECORD_NAME}: its weights were compared with the hash on the Hub alone',
+                  file=sys.stderr)
+    print(f'{folder}: {len(files)} files of {repo_id}, commit {commit}')
+    return folder
+
+
+def repo_problems(repo_id: str, revision: Optional[str] = None, record: Optional[Record] = None) -> List[str]:
+    """What is wrong with a repository: as for folders; and that its weights are not those of `record`, if given."""
+    with _fetched(repo_id, revision) as (_, files), tempfile.TemporaryDirectory() as work:
+        folder = Path(work) / repo_id.rpartition('/')[2]
+        for name, path in files.items():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).symlink_to(path.resolve())
+        problems = folder_problems(folder)
+        if record:
+            found = sha256(folder / WEIGHTS_NAME)
+            if found != record.sha256:
+                problems.append(
+                    f"{WEIGHTS_NAME} has the sha256 {found}, the record of '{record.name}' says {record.sha256}")
+        return problems
+
+
+def _push(argv: Optional[Sequence[str]]) -> None:
+    parser = _script.Parser('push', {}, description='Send the folder of a checkpoint to the Hub.')
+    parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder with weights, config, record and card')
+    parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub, made if there is none')
+    parser.add_argument('--private', action='store_true', help='make a private repository')
+    parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if there is none')
+    parser.add_argument('--dry-run', action='store_true', help='list what would be sent, send nothing')
+    args = parser.parse_args(argv)
+    with _run_errors():
+        push(args.folder, args.repo, args.private, args.revision, args.dry_run)
+
+
+def _pull(argv: Optional[Sequence[str]]) -> None:
+    parser = _script.Parser('pull', {}, description='Download the folder of a checkpoint from the Hub and check it.')
+    parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub')
+    parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write')
+    parser.add_argument('--revision', metavar='REV', help='branch, tag or commit')
+    args = parser.parse_args(argv)
+    with _run_errors():
+        pull(args.repo, args.folder, args.revision)
+
+
+def _verify(argv: Optional[Sequence[str]]) -> None:
+    parser = _script.Parser('verify', {}, description='Check the weights of a folder, a repository or a tag.')
+    parser.add_argument(
+        'what', metavar='WHAT', help='folder, org/name or org/name@revision on the Hub, or architecture.tag')
+    what = parser.parse_args(argv).what
+    repo_id, _, revision = what.partition('@')
+    with _run_errors():
+        if Path(what).is_dir():
+            _tell(what, folder_problems(what))
+        elif REPO_ID.fullmatch(repo_id):
+            record = find_record(repo_id.rpartition('/')[2])
+            ours = record and repo_id in (record.hub.repo_id, f'{hub_org()}/{record.name}')
+            _tell(what, repo_problems(repo_id, revision or None, record if ours else None))
+        elif find_record(what):
+            record, repo = find_record(what), weights_repo(what)
+            if record.weights:
+                _tell(f'{what} in {record.folder}', folder_problems(record.folder))
+            if repo:
+                _tell(f'{what} in {repo[0]} on the Hub', repo_problems(*repo, record))
+            if not record.weights and not repo:
+                raise RunError(f'{what}: its weights are neither here nor on the Hub')
+        else:
+            raise UsageError(
+                f'{what} is no folder, no repository org/name and no checkpoint of ours{suggest(what, records())}')
+
+
+def _tell(what: str, problems: Sequence[str]) -> None:
+    if problems:
+        raise RunError(f'{what}: {"; ".join(problems)}')
+    print(f'{what}: the weights are those of the record, and fit the model')
+
+
+@contextmanager
+def _run_errors() -> Iterator[None]:
+    """Whatever fails once the command line has been understood ends the run with code 1."""
+    try:
+        yield
+    except UsageError:
+        raise
+    except HubError as e:
+        raise RunError(str(e)) from e
+    except Exception as e:
+        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), '')
+        raise RunError(f'{type(e).__name__}: {reason}') from e
+
+
+def main_push(argv: Optional[Sequence[str]] = None) -> int:
+    return _script.run_script('push', lambda: _push(argv))
+
+
+def main_pull(argv: Optional[Sequence[str]] = None) -> int:
+    return _script.run_script('pull', lambda: _pull(argv))
+
+
+def main_verify(argv: Optional[Sequence[str]] = None) -> int:
+    return _script.run_script('verify', lambda: _verify(argv))

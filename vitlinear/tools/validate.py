@@ -1,0 +1,144 @@
+"""Measure a model on a validation set: `vitlinear validate --model NAME --data-dir DIR`.
+
+    vitlinear validate --model vvt_nano --checkpoint runs/a/model_best.pth.tar --use-ema \\
+        --dataset torch/fashion_mnist --data-dir data --in-chans 1 --num-classes 10 --device cpu
+
+Flags and defaults are those of timm's validate.py, of which this is a subset. Input size, crop and normalisation come
+with the model unless they are given. The last line of the output is the result.
+"""
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from collections import OrderedDict
+from typing import Any, Dict, Optional, Sequence
+
+import torch
+from timm import utils
+from timm.data import create_loader
+
+import vitlinear  # noqa: F401  registers the models
+
+from . import _script
+from ._script import Progress, UsageError, positive_int, usage_errors
+
+# Destinations of the flags of timm's validate.py that are left out, with timm's defaults.
+UNSUPPORTED = {
+    'num_samples': None, 'dataset_trust_remote_code': False, 'use_train_size': False, 'crop_border_pixels': None,
+    'num_gpu': 1, 'test_pool': False, 'model_dtype': None, 'tf_preprocessing': False, 'fuser': '', 'fast_norm': False,
+    'reparam': False, 'torchcompile_mode': None, 'torchscript': False, 'aot_autograd': False, 'real_labels': '',
+    'valid_labels': '', 'retry': False, 'metrics_avg': None, 'naflex_loader': False, 'naflex_max_seq_len': 576,
+}
+
+
+def build_parser() -> _script.Parser:
+    parser = _script.Parser('validate', UNSUPPORTED, description='Measure a model on a validation set.')
+    flag = parser.add_argument_group('data').add_argument
+    _script.add_data_flags(flag)
+    flag('--split', default='validation', metavar='NAME', help='split to measure on')
+
+    flag = parser.add_argument_group('model').add_argument
+    flag('-m', '--model', default='dpn92', metavar='NAME', help='arch, arch.tag, hf-hub:org/name or local-dir:path')
+    flag('--pretrained', action='store_true', help='use the published weights (so without --checkpoint)')
+    flag('--checkpoint', default='', metavar='FILE', help='use the weights in this file')
+    flag('--use-ema', action='store_true', help='use the moving average of the weights in it, if there is one')
+    _script.add_input_flags(flag)
+    flag('--crop-mode', metavar='MODE', help='squash, border or center')
+    flag('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images per step')
+
+    flag = parser.add_argument_group('device').add_argument
+    _script.add_device_flags(flag)
+
+    flag = parser.add_argument_group('run').add_argument
+    _script.add_loader_flags(flag)
+    flag('--seed', type=_script.natural_int, default=42, metavar='N', help='seed')
+    flag('--log-freq', type=positive_int, default=10, metavar='N', help='batches between two lines of progress')
+    flag('--results-file', default='', metavar='FILE', help='write the result to this file too')
+    flag('--results-format', default='csv', choices=('csv', 'json'), help='format of that file')
+    return parser
+
+
+def write_results(results: Dict[str, Any], path: str, format: str) -> None:
+    with usage_errors(f'--results-file {path}'), open(path, 'w', newline='') as f:
+        if format == 'json':
+            json.dump(results, f, indent=4)
+        else:
+            writer = csv.DictWriter(f, fieldnames=list(results))
+            writer.writeheader()
+            writer.writerow(results)
+
+
+def validate(args: argparse.Namespace) -> Dict[str, Any]:
+    """Evaluate one model.
+
+    Returns:
+        The columns that timm's validate.py writes.
+    """
+    _script.check_device(args.device)
+    device = torch.device(args.device)
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    if args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise UsageError(f'checkpoint {args.checkpoint} does not exist')
+    utils.random_seed(args.seed)
+    autocast = _script.autocast_for(args, device)
+    model = _script.create_model(args, pretrained=args.pretrained or not args.checkpoint)
+    if args.checkpoint:
+        with usage_errors(f'checkpoint {args.checkpoint}'):
+            _script.load_weights(model, args.checkpoint, args.use_ema, new_head=False)
+    params = sum(p.numel() for p in model.parameters())
+    data_config = _script.data_config_for(model, args, use_test_size=True)
+    dataset = _script.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
+    _script.check_classes(dataset, args.split, args.num_classes or model.num_classes)
+    loader = create_loader(
+        dataset,
+        input_size=data_config['input_size'],
+        batch_size=args.batch_size,
+        use_prefetcher=not args.no_prefetcher,
+        interpolation=data_config['interpolation'],
+        mean=data_config['mean'],
+        std=data_config['std'],
+        num_workers=args.workers,
+        crop_pct=data_config['crop_pct'],
+        crop_mode=data_config['crop_mode'],
+        pin_memory=args.pin_mem,
+        device=device,
+    )
+    model.to(device=device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
+    _script.check_forward(model, data_config['input_size'], device, autocast)
+    if args.torchcompile:
+        model = torch.compile(model, backend=args.torchcompile)
+    start = time.monotonic()
+    progress = Progress(args.model, len(loader), args.log_freq)
+    metrics = _script.evaluate(model, loader, args, device, autocast, progress)
+    top1, top5 = metrics['top1'], metrics['top5']
+    results = OrderedDict(
+        model=args.model,
+        top1=round(top1, 4),
+        top1_err=round(100 - top1, 4),
+        top5=round(top5, 4),
+        top5_err=round(100 - top5, 4),
+        param_count=round(params / 1e6, 2),
+        img_size=data_config['input_size'][-1],
+        crop_pct=data_config['crop_pct'],
+        interpolation=data_config['interpolation'],
+    )
+    if args.results_file:
+        write_results(results, args.results_file, args.results_format)
+    print(
+        f'top-1 {top1:.2f} % (err {100 - top1:.2f} %), top-5 {top5:.2f} %, {len(dataset)} images, '
+        f'{len(dataset) / (time.monotonic() - start):.0f} images/s', flush=True)
+    return results
+
+
+def main(argv: Optional[Sequence[str]] = None) -> int:
+    return _script.run_script('validate', lambda: validate(build_parser().parse(argv)))
+
+
+if __name__ == '__main__':
+    sys.exit(main())
