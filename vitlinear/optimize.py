@@ -10,7 +10,7 @@ from torch import nn
 from timm.layers import Attention, BatchNormAct2d, ConvNormAct, DropPath, LayerScale, Mlp as TokenMlp
 from timm.models.vision_transformer import Block as TokenBlock
 
-from .ops import (
+from .layers import (
     LinearAngularAttention,
     LinearAttention,
     QnAAttention,
@@ -21,8 +21,8 @@ from .ops import (
     XNormClassAttention,
 )
 from .ops._common import PackedConv2d, PackedLinear, has_hooks, has_onednn, is_plain, pack
-from .ops.linear_angular import LinearAngular
-from .ops.qna import FoldedQnAAttention
+from .layers.linear_angular import LinearAngular
+from .layers.qna import FoldedQnAAttention
 from .models._castling import Castling
 from .models._pyramid import ConvMlp, Mlp, fold_batch_norm, reparameterize
 from .models.castling_vit import CastlingTokenAttention

@@ -16,9 +16,10 @@ from torch import nn
 
 import vitlinear
 from vitlinear import optimize_for_inference
-from vitlinear.ops import QnAAttention, _common, vicinity
+from vitlinear.layers import QnAAttention
+from vitlinear.ops import _common, vicinity
 from vitlinear.ops._common import PackedConv2d, PackedLinear
-from vitlinear.ops.qna import FoldedQnAAttention
+from vitlinear.layers.qna import FoldedQnAAttention
 from vitlinear.models import _pyramid
 from vitlinear.optimize import STEPS
 

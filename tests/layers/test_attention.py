@@ -7,15 +7,14 @@ import torch
 from torch import nn
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import (
+from vitlinear.layers import (
     ATTENTION_LAYERS,
     LinearAttention,
     SoftmaxAttention,
     VicinityAttention,
     get_attention_layer,
-    linear_attention,
-    reference,
 )
+from vitlinear.ops import linear_attention, reference
 
 
 def compare(actual, expected, *args, **tolerance):

@@ -13,9 +13,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitlinear.ops import LinearAngularAttention, linear_angular, masked_softmax_attention, reference
+from vitlinear.layers import LinearAngularAttention
+from vitlinear.ops import linear_angular, masked_softmax_attention, reference
 from vitlinear.ops import linear_angular_attention as attention
-from vitlinear.ops.linear_angular import MaskedSoftmax, inverse_norm, local_attention, pool_keys, subsample
+from vitlinear.layers.linear_angular import MaskedSoftmax
+from vitlinear.ops.linear_angular import inverse_norm, local_attention, pool_keys, subsample
 
 LAYERS = [name for name, case in castling_cases().items() if case['kind'] == 'attention']
 ZERO = [name for name in LAYERS if name.startswith('zero_token')]

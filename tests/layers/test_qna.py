@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitlinear.ops import QnAAttention, qna, qna_attention, reference
+from vitlinear.layers import QnAAttention
+from vitlinear.ops import qna, qna_attention, reference
 from vitlinear.ops._common import lecun_normal_
 
 LAYERS = [name for name, case in qna_cases().items() if case['kind'] == 'qna_layer']

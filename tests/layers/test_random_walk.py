@@ -8,7 +8,8 @@ import torch
 from _numerics import assert_close, saved_bytes, value_and_grads
 from torch import nn
 
-from vitlinear.ops import RandomWalkAttention, random_walk_attention, reference
+from vitlinear.layers import RandomWalkAttention
+from vitlinear.ops import random_walk_attention, reference
 from vitlinear.ops import random_walk as rw
 
 SIZES = [(9, 9), (12, 7), (5, 11), (4, 4), (4, 3), (1, 1)]  # with r = 4: up to 4 nodes have a form of their own

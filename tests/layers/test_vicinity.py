@@ -9,7 +9,8 @@ from _numerics import TIGHT, assert_close, saved_bytes, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from vitlinear.ops import VicinityAttention, clamp_magnitude, reference, vicinity, vicinity_attention
+from vitlinear.layers import VicinityAttention
+from vitlinear.ops import clamp_magnitude, reference, vicinity, vicinity_attention
 from vitlinear.ops.vicinity import CLAMP_MAX, CLAMP_MIN, LOCALITIES, SEPARABLE_FROM
 
 FORMS = [(locality, 'features') for locality in LOCALITIES] + [('2d', 'separable'), ('2d', 'auto'), ('1d', 'auto')]

@@ -9,8 +9,8 @@ from _golden import qna_cases, qna_part, qna_tensors
 from _numerics import TIGHT
 from torch import nn
 
-from vitlinear.ops import WindowAttention
-from vitlinear.ops.window import relative_position_bias, resize_relative_position_bias_table
+from vitlinear.layers import WindowAttention
+from vitlinear.layers.window import relative_position_bias, resize_relative_position_bias_table
 
 SIZES = [(1, 1), (3, 3), (4, 6), (5, 7), (7, 2), (9, 10)]
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from vitlinear.ops import XNormAttention, XNormClassAttention, reference, xnorm, xnorm_attention
+from vitlinear.layers import XNormAttention, XNormClassAttention
+from vitlinear.ops import reference, xnorm, xnorm_attention
 
 AXES = ['key', 'value']
 

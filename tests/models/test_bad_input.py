@@ -4,7 +4,8 @@ import timm
 import torch
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import VicinityAttention, vicinity_attention
+from vitlinear.layers import VicinityAttention
+from vitlinear.ops import vicinity_attention
 
 
 @pytest.fixture(scope='module')

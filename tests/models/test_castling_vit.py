@@ -18,8 +18,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitlinear  # noqa: F401
 from vitlinear.tools import cli
-from vitlinear.ops import LinearAngularAttention
-from vitlinear.ops.linear_angular import LinearAngular
+from vitlinear.layers import LinearAngularAttention
+from vitlinear.layers.linear_angular import LinearAngular
 from vitlinear.tools.export import count_macs
 from vitlinear.zoo.records import read_record
 from vitlinear.models import (

@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import RandomWalkAttention
+from vitlinear.layers import RandomWalkAttention
 from vitlinear.ops.random_walk import DOUBLINGS
 from vitlinear.models.gkvit import GraphKernelVisionTransformer, checkpoint_filter_fn
 from vitlinear.tools.train import build_parser

@@ -19,7 +19,7 @@ from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import ATTENTION_LAYERS
+from vitlinear.layers import ATTENTION_LAYERS
 from vitlinear.models import _pyramid
 
 MECHANISMS = sorted(ATTENTION_LAYERS)

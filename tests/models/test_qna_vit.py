@@ -17,8 +17,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import ATTENTION_LAYERS, QnAAttention, WindowAttention
-from vitlinear.ops.window import resize_relative_position_bias_table
+from vitlinear.layers import ATTENTION_LAYERS, QnAAttention, WindowAttention
+from vitlinear.layers.window import resize_relative_position_bias_table
 from vitlinear.models.qna_vit import PatchEmbed, QnAVisionTransformer, _from_flax, checkpoint_filter_fn, infer_variant
 
 VARIANTS = ['qna_vit_tiny', 'qna_vit_tiny_7x7', 'qna_vit_small', 'qna_vit_base']

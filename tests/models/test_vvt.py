@@ -11,7 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import VicinityAttention
+from vitlinear.layers import VicinityAttention
 from vitlinear.ops.vicinity import SEPARABLE_FROM
 from vitlinear.models._pyramid import Block
 from vitlinear.models.vvt import VicinityVisionTransformer, checkpoint_filter_fn

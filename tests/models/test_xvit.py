@@ -15,7 +15,8 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
-from vitlinear.ops import XNormAttention, XNormClassAttention, reference
+from vitlinear.layers import XNormAttention, XNormClassAttention
+from vitlinear.ops import reference
 from vitlinear.models.xvit import ClassBlock, FourierPosition, LocalPatchInteraction, checkpoint_filter_fn
 
 FLAT = ['xvit_tiny', 'xvit_small', 'xvit_medium', 'xvit_base']

@@ -20,7 +20,7 @@ from timm.utils import load_checkpoint_metadata
 from torch import nn
 
 from vitlinear.tools import _script, cli, train, validate
-from vitlinear.ops.linear_angular import MaskedSoftmax
+from vitlinear.layers.linear_angular import MaskedSoftmax
 from vitlinear.tools.convert import _classes
 from vitlinear.models import CastlingSchedule
 

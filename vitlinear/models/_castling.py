@@ -9,7 +9,7 @@ from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequ
 import torch
 from torch import nn
 
-from ..ops.linear_angular import LinearAngular, check_aux_mode
+from ..layers.linear_angular import LinearAngular, check_aux_mode
 from ._pyramid import reparameterize
 
 # On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.

@@ -18,7 +18,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
 from ._timm import checkpoint, feature_take_indices, register_notrace_function, register_notrace_module
-from ..ops import ATTENTION_LAYERS, get_attention_layer
+from ..layers import ATTENTION_LAYERS, get_attention_layer
 from ..ops._common import (
     band_rows,
     depthwise,
@@ -31,7 +31,7 @@ from ..ops._common import (
     pointwise,
     use_bands,
 )
-from ..ops.qna import FoldedQnAAttention
+from ..layers.qna import FoldedQnAAttention
 
 # Bytes of hidden channels that the MLP evaluates at a time in inference: about the size of the caches of two cores.
 # Measured: 768 channels of a 256 x 256 map take 43 ms in bands and 175 ms at once (bf16), the difference being memory

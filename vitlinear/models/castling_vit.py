@@ -39,9 +39,9 @@ from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_v2_filter_fn
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn as vit_filter_fn
 
 from ._timm import build_model, register_notrace_module
-from ..ops import LinearAngularAttention
+from ..layers import LinearAngularAttention
 from ..ops._common import has_hooks, is_plain, linear, packed_weight, use_bands
-from ..ops.linear_angular import LinearAngular
+from ..layers.linear_angular import LinearAngular
 from ..zoo.records import weights_cfg
 from ._castling import Castling, check_ramp
 from ._pyramid import Pyramid, check_input, fold_batch_norm

@@ -28,9 +28,9 @@ from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, to_ntupl
 from timm.models import generate_default_cfgs, register_model
 
 from ._timm import build_model, register_notrace_module
-from ..ops import QnAAttention, WindowAttention, get_attention_layer
+from ..layers import QnAAttention, WindowAttention, get_attention_layer
 from ..ops._common import init_lecun_
-from ..ops.window import resize_relative_position_bias_table
+from ..layers.window import resize_relative_position_bias_table
 from ..zoo.records import weights_cfg
 from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, is_new, residual, run_blocks
 from ._weights import fit, not_a_checkpoint_of, unwrap

@@ -52,7 +52,7 @@ from ._timm import (
     register_notrace_module,
     update_model_input_size,
 )
-from ..ops import XNormClassAttention, get_attention_layer
+from ..layers import XNormClassAttention, get_attention_layer
 from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
 from ..zoo.records import weights_cfg
 from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module

@@ -1,46 +1,13 @@
-"""The attention mechanisms: one file each, independent of timm and of the backbones.
-
-Every module takes and returns (B, H, W, C) maps of any H and W and is built as `Attention(dim, num_heads, ...,
-device=None, dtype=None)`, so that a pyramid can swap one for another by name.
-"""
-from typing import Callable, Union
-
-from torch import nn
-
-from .linear import LinearAttention, linear_attention
-from .linear_angular import LinearAngularAttention, linear_angular_attention, masked_softmax_attention
-from .qna import QnAAttention, QnAUpsample, qna_attention
-from .random_walk import RandomWalkAttention, random_walk_attention
-from .softmax import SoftmaxAttention
-from .vicinity import VicinityAttention, clamp_magnitude, vicinity_attention
-from .window import WindowAttention
-from .xnorm import XNormAttention, XNormClassAttention, xnorm_attention
-
-ATTENTION_LAYERS = {
-    'linear': LinearAttention,
-    'linear_angular': LinearAngularAttention,
-    'qna': QnAAttention,
-    'random_walk': RandomWalkAttention,
-    'softmax': SoftmaxAttention,
-    'vicinity': VicinityAttention,
-    'window': WindowAttention,
-    'xnorm': XNormAttention,
-}
+"""The mathematics: functions from tensors to tensors, one file for each mechanism."""
+from .linear import linear_attention
+from .linear_angular import linear_angular_attention, masked_softmax_attention
+from .qna import qna_attention
+from .random_walk import random_walk_attention
+from .vicinity import clamp_magnitude, vicinity_attention
+from .xnorm import xnorm_attention
 
 __all__ = [
-    'ATTENTION_LAYERS',
-    'LinearAngularAttention',
-    'LinearAttention',
-    'QnAAttention',
-    'QnAUpsample',
-    'RandomWalkAttention',
-    'SoftmaxAttention',
-    'VicinityAttention',
-    'WindowAttention',
-    'XNormAttention',
-    'XNormClassAttention',
     'clamp_magnitude',
-    'get_attention_layer',
     'linear_angular_attention',
     'linear_attention',
     'masked_softmax_attention',
@@ -49,16 +16,3 @@ __all__ = [
     'vicinity_attention',
     'xnorm_attention',
 ]
-
-
-def get_attention_layer(attn_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
-    """Attention module class by name; a class or factory is passed through.
-
-    Raises:
-        ValueError: The name is unknown.
-    """
-    if not isinstance(attn_layer, str):
-        return attn_layer
-    if attn_layer not in ATTENTION_LAYERS:
-        raise ValueError(f"Unknown attn_layer '{attn_layer}', expected one of {', '.join(sorted(ATTENTION_LAYERS))}.")
-    return ATTENTION_LAYERS[attn_layer]

@@ -18,7 +18,8 @@ from torch import nn
 
 import vitlinear  # noqa: F401  registers the models
 from vitlinear import ops as attention
-from vitlinear.ops import QnAAttention, WindowAttention, reference
+from vitlinear.layers import QnAAttention, WindowAttention
+from vitlinear.ops import reference
 from vitlinear.ops._common import linear
 from vitlinear.tools.export import count_macs
 

@@ -3,7 +3,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import check_heads
+from ..ops._common import check_heads
 
 
 class SoftmaxAttention(nn.Module):

@@ -9,7 +9,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from ._common import InferenceCache, call_linear, check_heads, init_lecun_, use_bands
+from ..ops._common import InferenceCache, call_linear, check_heads, init_lecun_, use_bands
 
 
 def relative_position_bias(table: torch.Tensor, window_size: Tuple[int, int], height: int, width: int) -> torch.Tensor:
