@@ -1,0 +1,139 @@
+"""The one rule which implementation of a primitive runs.
+
+A primitive (`primitives/`) has up to three implementations: 'torch', plain operations, which may be differentiated any
+number of times and which compilers, exporters and TorchScript see; 'autograd', a backward pass that keeps less; and
+'triton', kernels. Nothing else in the package asks about devices, modes or gradients to choose between them.
+
+    with ops.use('torch'):                    # the plain operations, whatever the rule says
+        model(x)
+    ops.explain(ops.token_sums, k, v)         # which implementation runs for these tensors, and why
+"""
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+import torch
+from torch.autograd import forward_ad
+
+IMPLEMENTATIONS = ('torch', 'autograd', 'triton')
+
+# Every primitive by name, for tests and for `explain`.
+PRIMITIVES: dict[str, Callable[..., Any]] = {}
+
+_forced: ContextVar[str | None] = ContextVar('vitlinear_implementation', default=None)
+
+
+def scripts_as(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: TorchScript compiles `plain` in the place of the decorated function."""
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        function.__prepare_scriptable__ = lambda: plain
+        return function
+    return decorate
+
+
+@contextmanager
+def use(implementation: str) -> Iterator[None]:
+    """Within the context, primitives run this implementation where they have it, and 'torch' elsewhere.
+
+    Args:
+        implementation: 'torch', 'autograd' or 'triton'.
+
+    Raises:
+        ValueError: The implementation is unknown.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"Unknown implementation '{implementation}', expected one of {', '.join(IMPLEMENTATIONS)}.")
+    token = _forced.set(implementation)
+    try:
+        yield
+    finally:
+        _forced.reset(token)
+
+
+def is_eager() -> bool:
+    """Whether operations run as they are called, so that code may choose by sizes; graphs shall hold for every size."""
+    return not torch.jit.is_tracing() and not torch.compiler.is_compiling()
+
+
+def is_specialised() -> bool:
+    """Whether the code is for the sizes at hand: eager, or compiled with guards, but neither traced nor exported."""
+    return not torch.jit.is_tracing() and not torch.compiler.is_exporting()
+
+
+def may_read(x: torch.Tensor) -> bool:
+    """Whether the values of a tensor may steer the evaluation: reading them waits for no device and breaks no graph."""
+    return x.device.type == 'cpu' and is_eager() and not _is_transformed() and type(x) in _PLAIN_TENSORS
+
+
+_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _is_transformed() -> bool:
+    """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def choose(
+        implementations: Mapping[str, Callable[..., Any]],
+        tensors: Iterable[torch.Tensor],
+) -> tuple[str, str]:
+    """The implementation to run, and the reason.
+
+    Args:
+        implementations: Those that exist, by name; one that is for some types of devices alone has their names in its
+            attribute `devices`.
+        tensors: The tensors that the primitive is given.
+    """
+    forced = _forced.get()
+    if forced is not None:
+        if forced in implementations:
+            return forced, f"ops.use('{forced}')"
+        return 'torch', f"ops.use('{forced}'), which this primitive has not"
+    if not is_eager():
+        return 'torch', 'a graph is made, which holds plain operations'
+    if _is_transformed():
+        return 'torch', 'torch.func and forward-mode differentiation need plain operations'
+    wanted = half = False
+    devices = getattr(implementations.get('autograd'), 'devices', None)
+    for x in tensors:
+        if type(x) not in _PLAIN_TENSORS:
+            return 'torch', f'{type(x).__name__} is no plain tensor'
+        wanted = wanted or x.requires_grad
+        half = half or (x.is_cuda and x.element_size() == 2)
+        if devices is not None and x.device.type not in devices:
+            return 'torch', f"'autograd' is for {', '.join(devices)} alone"
+    if 'autograd' not in implementations:
+        return 'torch', 'it is the only implementation here'
+    if wanted and torch.is_grad_enabled():
+        return 'autograd', 'gradients are wanted'
+    if half:
+        return 'autograd', 'half precision goes into the tensor cores as it is'
+    return 'torch', 'no gradients are wanted'
+
+
+def primitive(**implementations: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that runs one of these implementations, by the rule of this file.
+
+    Args:
+        implementations: Functions with the same arguments by name of the implementation; 'torch' is needed.
+    """
+    plain = implementations['torch']
+
+    @scripts_as(plain)
+    @wraps(plain)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+        name, _ = choose(implementations, tensors)
+        return implementations[name](*args, **kwargs)
+
+    run.implementations = implementations
+    PRIMITIVES[plain.__name__] = run
+    return run
+
+
+def explain(function: Callable[..., Any], *tensors: torch.Tensor) -> str:
+    """Which implementation of a primitive runs for these tensors, and why, as one line of text."""
+    name, reason = choose(function.implementations, tensors)
+    return f"{function.__name__}: '{name}', since {reason}; there are {', '.join(function.implementations)}"

@@ -1,0 +1,108 @@
+"""Sums over tokens in plain operations. Tensors of heads are (B, heads, N, d) views of any strides."""
+import torch
+
+from ..._numerics import as_operand, at_least_float32, inverse_norm
+from .positions import apply, sums, sums_alone
+
+CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
+
+
+def clamp_magnitude(x: torch.Tensor, low: float = 1e-4, high: float = 1e4) -> torch.Tensor:
+    """`sign(x) * clamp(|x|, low, high)`: zero stays zero, and the gradient is 0 from the bounds on.
+
+    The bounds are those of VVT's released code, with which its weights were trained.
+    """
+    return x.abs().clamp(low, high) * x.sign()
+
+
+def token_sums(
+        k: torch.Tensor,
+        v: torch.Tensor,
+        locality: str = 'none',
+        grid: tuple[int, int] = (0, 0),
+        with_total: bool = False,
+        unit: bool = False,
+        eps: float = 1e-6,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Sums over keys: `S_f = sum_j phi_f(j) k_j v_j^T` and, if asked for, `Z_f = sum_j phi_f(j) k_j`.
+
+    Costs `2 F N d e` operations, half of that for '2d' on large grids; keeps k and v for the backward pass.
+
+    Args:
+        k: Features of keys (B, heads, N, d).
+        v: Values (B, heads, N, e).
+        locality: Positional factors phi_f: '2d' (4: cosine and sine of row and column), '2d_product' (4), '1d' (2) or
+            'none' (1), see `positions.py`.
+        grid: Rows and columns of the N keys, for all but 'none'.
+        with_total: Return Z as well, None otherwise.
+        unit: Divide each key by its length; shorter ones than `eps` count as zero.
+        eps: See `unit`.
+
+    Returns:
+        (B, heads, F d, e) and (B, heads, F d), in float32 at least.
+    """
+    if unit:
+        k = as_operand(k)
+        k = k * inverse_norm(k, -1, eps).to(k.dtype)
+    total: torch.Tensor | None = None
+    if with_total:
+        total = sums_alone(k, locality, grid)
+    return sums(k, v, locality, grid), total
+
+
+def token_gram(x: torch.Tensor) -> torch.Tensor:
+    """`sum_n x_n x_n^T` of (B, heads, N, d), (B, heads, d, d) in float32 at least."""
+    return sums(x, x, 'none', (0, 0))
+
+
+def in_order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """(B, heads, N, e) in another dtype, whose copy has the heads of a position beside each other in memory."""
+    if x.dtype == dtype:
+        return x
+    return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def token_apply(
+        q: torch.Tensor,
+        sums: torch.Tensor,
+        total: torch.Tensor | None = None,
+        locality: str = 'none',
+        grid: tuple[int, int] = (0, 0),
+        clamp: bool = False,
+        unit: bool = False,
+        eps: float = 1e-6,
+        base: torch.Tensor | None = None,
+        dtype: torch.dtype | None = None,
+) -> torch.Tensor:
+    """What queries make of the sums: `o_i = sum_f phi_f(i) q_i S_f`, over the sum of weights or the query's length.
+
+    Costs `2 F N d e` operations, half of that for '2d' on large grids.
+
+    Args:
+        q: Features of queries (B, heads, N, d).
+        sums: S (B, heads, F d, e), as `token_sums` returns it.
+        total: Z (B, heads, F d): divide by `sum_f phi_f(i) q_i . Z_f + eps`; None for no division.
+        locality: As for `token_sums`.
+        grid: As for `token_sums`.
+        clamp: With `total`: clamp magnitudes of numerators, reciprocals and quotients into [1e-4, 1e4].
+        unit: Divide each query by its length; shorter ones than `eps` count as zero.
+        eps: See `total` and `unit`.
+        base: Added to the result (B, heads, N, e).
+        dtype: Of the result, that of q by default.
+
+    Returns:
+        (B, heads, N, e).
+    """
+    out = apply(q, sums, locality, grid)
+    if unit:
+        out = out * inverse_norm(q, -1, eps)
+    if total is not None:
+        weight = apply(q, total.unsqueeze(3), locality, grid) + eps
+        if clamp:
+            # the authors clamp the reciprocal; as the sum of weights is >= 0, capping it is the same
+            out = clamp_magnitude(clamp_magnitude(out) / weight.clamp(max=1e4))
+        else:
+            out = out / weight
+    if base is not None:
+        out = out + at_least_float32(base)
+    return in_order(out, q.dtype if dtype is None else dtype)
