@@ -25,7 +25,7 @@ from .layers.linear_angular import LinearAngular
 from .layers.qna import FoldedQnAAttention
 from .models._castling import Castling
 from .models._pyramid import ConvMlp, Mlp, fold_batch_norm, reparameterize
-from .models.castling_vit import CastlingTokenAttention
+from .models.castling_deit import CastlingTokenAttention
 from .models.xvit import ClassBlock, LocalPatchInteraction, XNormBlock
 
 __all__ = ['STEPS', 'optimize_for_inference']

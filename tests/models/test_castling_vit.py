@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 import re
+import sys
 from functools import lru_cache
 from typing import Callable, Dict, List, Tuple
 
@@ -28,10 +29,9 @@ from vitlinear.models import (
     CastlingPyramid,
     CastlingSchedule,
     CastlingVisionTransformer,
-    castling_vit,
+    castling_levit,
 )
 from vitlinear.models._castling import Castling
-from vitlinear.models.castling_vit import checkpoint_filter_fn
 
 MODELS = [name for name, case in castling_cases().items() if case['kind'] == 'model']
 GOLDEN = dict(rtol=1e-4, atol=2e-5)
@@ -55,6 +55,10 @@ FORMS: Dict[str, Tuple[str, Dict]] = {
 }
 DISTILLED = ['levit_distilled', 'deit_distilled']
 ANY_SIZE = ['nano', 'levit', 'mvitv2', 'pvt_v2']
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    return sys.modules[type(model).__module__].checkpoint_filter_fn(state_dict, model)
 
 
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -785,7 +789,7 @@ def test_compiled_training_with_a_schedule():
 @pytest.mark.parametrize('form', FORMS)
 def test_inference_equals_training_graph(monkeypatch, form: str, train: bool, limit: int):
     """However small maps are evaluated; batch norms in training take their batch without gradients as well."""
-    monkeypatch.setattr(castling_vit, 'LINEAR_UP_TO', limit)
+    monkeypatch.setattr(castling_levit, 'LINEAR_UP_TO', limit)
     model, x = create(form, attn_kwargs=dict(aux_mode='train')).train(train), images(3, 3, 32, 32)
     expected = copy.deepcopy(model)(x).detach()
     for context in (torch.no_grad, torch.inference_mode):

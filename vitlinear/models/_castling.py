@@ -3,14 +3,21 @@
 The method is that of arXiv 2211.10526, which only says that the branch fades; the relative threshold, the ramp and the
 checks are ours.
 """
+import logging
 from contextlib import contextmanager
 from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
 
 import torch
 from torch import nn
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
+
 from ..layers.linear_angular import LinearAngular, check_aux_mode
 from ._pyramid import reparameterize
+from ._weights import fit, unwrap
+
+_logger = logging.getLogger(__name__)
 
 # On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.
 CHECK_INTERVAL = 100
@@ -304,3 +311,107 @@ class CastlingSchedule:
         start, end = (share * self.total_steps for share in self.ramp)
         ramp = min(max((self.steps - start) / (end - start), 0.), 1.)
         self.model.set_castling(mode='off' if ramp == 1. else 'train', ramp=ramp)
+
+
+class LayerFactory:
+    """Arguments of the linear-angular layers of a model, layer by layer."""
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]],
+            softmax_below: int,
+            kv_scale: bool,
+            attn_kwargs: Optional[Dict[str, Any]],
+    ):
+        """
+        Args:
+            img_size: Image size of the training.
+            softmax_below: Keep softmax attention in layers with at most this number of keys at `img_size`.
+            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`, see `LinearAngular`.
+            attn_kwargs: Further arguments of `LinearAngular`.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        if softmax_below < 0:
+            raise ValueError(f'softmax_below={softmax_below} must not be negative.')
+        self.img_size = to_2tuple(img_size)
+        if min(self.img_size) < 1:
+            raise ValueError(f'img_size={img_size} must be positive.')
+        self.softmax_below = softmax_below
+        self.kv_scale = kv_scale
+        self.attn_kwargs = dict(dict(aux_kappa=2.), **(attn_kwargs or {}))
+
+    def __call__(self, reduction: int, prefix_tokens: int = 0) -> Dict[str, Any]:
+        """Arguments of a layer whose keys are on the grid of this reduction."""
+        H, W = (-(-side // reduction) for side in self.img_size)
+        tokens = H * W + prefix_tokens
+        return dict(
+            self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=tokens if self.kv_scale else None)
+
+
+def start_schedule(model: Castling, steps: int, ramp: Sequence[float]) -> None:
+    check_ramp(ramp)
+    if steps < 0:
+        raise ValueError(f'castling_steps={steps} must not be negative.')
+    if steps:
+        model.schedule_castling(steps, ramp)
+
+
+def is_of_host(state_dict: Dict[str, Any], model: nn.Module) -> bool:
+    """Whether `checkpoint_filter_fn` takes weights for those of the backbone with softmax attention."""
+    return any('.dconv.' in k for k in model.state_dict()) and not any('.dconv.' in k for k in unwrap(state_dict))
+
+
+def filter_checkpoint(
+        state_dict: Dict[str, torch.Tensor],
+        model: nn.Module,
+        from_host: Callable[[Dict[str, torch.Tensor], nn.Module], Dict[str, torch.Tensor]],
+        stem: str = 'patch_embed.proj',
+) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours unchanged, or one of the same backbone with softmax attention to start training from.
+
+    The latter has no convolutions of the values: the model keeps its own. What only softmax attention uses is left out.
+    A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+        from_host: Brings weights of the backbone with softmax attention under our names.
+        stem: Name of the first convolution.
+
+    Raises:
+        ValueError: The weights belong to another architecture or another variant, or some are missing.
+    """
+    # a schedule counts the steps of its own training, see `Castling.schedule_castling`
+    state_dict = {k: v for k, v in unwrap(state_dict).items() if k != 'castling_step'}
+    ours = model.state_dict()
+    step = {k: v for k, v in ours.items() if k == 'castling_step'}
+    own = {k: v for k, v in ours.items() if '.dconv.' in k}
+    if not any('.dconv.' in k for k in state_dict):
+        state_dict = from_host(state_dict, model)
+        if own and f'{stem}.weight' in state_dict:
+            _logger.warning('The checkpoint is of a model with softmax attention: its weights are a start for '
+                            'training, outputs before that have no meaning.')
+        state_dict = {**own, **state_dict}
+    return fit({**state_dict, **step}, model, stem=stem)
+
+
+def castling_cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/GATECH-EIC/Castling-ViT',
+        'paper_ids': 'arXiv:2211.10526',
+        'paper_name': 'Castling-ViT',
+        **kwargs,
+    }

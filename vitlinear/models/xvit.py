@@ -16,9 +16,6 @@ recalled, those of tiny within 2.2 %. Whether X-ViT has other variants is not kn
 products of keys and values each, the grid of positions and drop path are ours. No accuracy of the paper could be
 checked, so none is given.
 
-xvit_pyramid_nano, tiny, small and base are ours altogether: XNorm attention in a PVTv2-like pyramid, for feature maps
-at four strides.
-
 @article{song2022xvit,
   title={X-ViT: High Performance Linear Vision Transformer without Softmax},
   author={Jeonggeun Song and Heung-Chang Lee},
@@ -27,7 +24,7 @@ at four strides.
 """
 import math
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -54,11 +51,10 @@ from ._timm import (
 )
 from ..layers import XNormClassAttention, get_attention_layer
 from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
-from ..zoo.records import weights_cfg
-from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module
+from ._pyramid import Mlp, check_input, fold_batch_norm, init_module
 from ._weights import fit, unwrap
 
-__all__ = ['XNormPyramid', 'XNormVisionTransformer']
+__all__ = ['XNormVisionTransformer']
 
 _STEM = 'patch_embed.0.conv'
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
@@ -577,49 +573,6 @@ class XNormVisionTransformer(nn.Module):
         return self.forward_head(self.forward_features(x))
 
 
-class XNormPyramid(Pyramid):
-    """The shared pyramid around XNorm attention. Ours: X-ViT has one width and stride throughout.
-
-    Positions reach the attention through the convolutions of the patch embeddings and MLPs, as in PVTv2. There is no
-    batch norm.
-    """
-
-    def __init__(
-            self,
-            embed_dims: Sequence[int] = (64, 128, 256, 512),
-            depths: Sequence[int] = (3, 3, 12, 3),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
-            attn_ratio: float = .5,
-            **kwargs: Any,
-    ):
-        """
-        Args:
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
-            attn_layer: Mechanism by name, or a module class or factory.
-            attn_kwargs: Further arguments of the mechanism.
-            attn_ratio: Channels of queries, keys and values each over those of the map, without effect on other
-                mechanisms than XNorm attention.
-            kwargs: As for `Pyramid`.
-        """
-        if attn_layer == 'xnorm':
-            attn_kwargs = dict(dict(attn_ratio=attn_ratio), **(attn_kwargs or {}))
-        super().__init__(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            attn_layer=attn_layer,
-            attn_kwargs=attn_kwargs,
-            **kwargs,
-        )
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
     """Take a state dict of ours, from training or from the Hub.
 
@@ -635,8 +588,6 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         ValueError: The weights belong to another architecture or variant, or some are missing.
     """
     state_dict = unwrap(state_dict)
-    if not isinstance(model, XNormVisionTransformer):
-        return fit(state_dict, model)
     if model.cls_token is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('cls_token', 'cls_blocks.'))}
     positions = state_dict.get('pos_embed')
@@ -654,18 +605,6 @@ def _create_xvit(variant: str, pretrained: bool = False, **kwargs: Any) -> XNorm
         pretrained,
         pretrained_filter_fn=checkpoint_filter_fn,
         feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
-
-
-def _create_xvit_pyramid(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        XNormPyramid,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
         **kwargs,
     )
 
@@ -699,12 +638,6 @@ default_cfgs = generate_default_cfgs({
     'xvit_small.untrained': _cfg(),
     'xvit_medium.untrained': _cfg(),
     'xvit_base.untrained': _cfg(),
-    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
-    'xvit_pyramid_nano.fashion_mnist': _pyramid_cfg(**weights_cfg('xvit_pyramid_nano.fashion_mnist')),
-    'xvit_pyramid_nano.untrained*': _pyramid_cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-    'xvit_pyramid_tiny.untrained': _pyramid_cfg(),
-    'xvit_pyramid_small.untrained': _pyramid_cfg(),
-    'xvit_pyramid_base.untrained': _pyramid_cfg(),
 })
 
 
@@ -734,32 +667,3 @@ def xvit_base(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer
     """X-ViT-Base, in the shape recalled of UFO-ViT-B; our recipe has `drop_path_rate=0.15`."""
     model_args = dict(embed_dim=512, depth=24, num_heads=8, attn_dim=128, init_values=1e-5)
     return _create_xvit('xvit_base', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_nano(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Nano (ours), for images of 28 to 64 pixels."""
-    model_args = dict(
-        embed_dims=(32, 64, 128, 160), depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 5), mlp_ratios=(4., 4., 3., 2.),
-        attn_ratio=.75, patch_size=3, patch_stride=2)
-    return _create_xvit_pyramid('xvit_pyramid_nano', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_tiny(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Tiny (ours)."""
-    model_args = dict(embed_dims=(48, 96, 192, 384), depths=(2, 2, 8, 2))
-    return _create_xvit_pyramid('xvit_pyramid_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_small(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Small (ours)."""
-    return _create_xvit_pyramid('xvit_pyramid_small', pretrained=pretrained, **kwargs)
-
-
-@register_model
-def xvit_pyramid_base(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Base (ours)."""
-    model_args = dict(embed_dims=(64, 128, 320, 512), depths=(3, 4, 24, 3), num_heads=(1, 2, 5, 8))
-    return _create_xvit_pyramid('xvit_pyramid_base', pretrained=pretrained, **dict(model_args, **kwargs))

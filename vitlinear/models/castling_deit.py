@@ -1,0 +1,254 @@
+"""Castling-DeiT
+
+Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
+
+Linear-angular attention in the place of softmax attention in DeiT (arXiv 2012.12877), with an auxiliary softmax branch
+for training that is gone at inference. The mechanism is as published; the authors released one attention module,
+https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so all configurations are reconstructed.
+
+@inproceedings{you2023castling,
+  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+    Inference},
+  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
+    and Yingyan Lin},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={14431--14442}, year={2023}
+}
+"""
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Tuple, Union
+
+import torch
+from torch import nn
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn as vit_filter_fn
+
+from ._timm import build_model, register_notrace_module
+from ..layers.linear_angular import LinearAngular
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
+from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._weights import unwrap
+
+__all__ = ['CastlingVisionTransformer', 'CastlingVisionTransformerDistilled']
+
+
+@register_notrace_module
+class CastlingTokenAttention(LinearAngular):
+    """Linear-angular attention of tokens, class tokens in front, with the signature of timm's attention.
+
+    Paper: arXiv 2211.10526. State dict as that of the authors' module.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            num_heads: int,
+            qkv_bias: bool,
+            proj_bias: bool = True,
+            proj_drop: float = 0.,
+            num_prefix_tokens: int = 1,
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the tokens.
+            num_heads: Attention heads.
+            qkv_bias: Bias of the query, key and value projections.
+            proj_bias: Bias of the output projection.
+            proj_drop: Dropout of the output.
+            num_prefix_tokens: Tokens in front of those of the grid.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.head_dim = dim // num_heads
+        self.num_prefix_tokens = num_prefix_tokens
+        self.grid: Optional[Tuple[int, int]] = None  # for what needs one; set where the image size is fixed
+        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.num_heads * self.head_dim
+
+    def forward(
+            self,
+            x: torch.Tensor,
+            attn_mask: Optional[torch.Tensor] = None,
+            is_causal: bool = False,
+    ) -> torch.Tensor:
+        """(B, N, C) to (B, N, C). There is no masked form: `attn_mask` must be None, `is_causal` False."""
+        if attn_mask is not None or is_causal:
+            raise ValueError('Linear-angular attention takes neither attn_mask nor is_causal.')
+        B, N, C = x.shape
+        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
+        x = self.attend(q, k, v, self.grid, self.num_prefix_tokens)
+        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+
+
+class _CastlingVisionTransformer(Castling):
+    """What both forms of Castling-DeiT add to timm's vision transformer."""
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            softmax_below: int = 0,
+            kv_scale: bool = False,
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            castling_steps: int = 0,
+            castling_ramp: Sequence[float] = (.1, .7),
+            weight_init: str = '',
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            img_size: Image size.
+            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
+            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
+            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
+            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
+                see `Castling.schedule_castling`. 0 for no schedule.
+            castling_ramp: Shares of these passes between which the thresholds rise.
+            weight_init: As for timm's `VisionTransformer`.
+            kwargs: As for timm's `VisionTransformer`, but for other kinds of attention and norms of queries and keys.
+
+        Raises:
+            ValueError: A value is out of range, or '2d' convolutions meet tokens that are on no fixed grid.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        for name in ('attn_layer', 'block_fn', 'qk_norm', 'scale_attn_norm'):
+            if kwargs.pop(name, None):
+                raise ValueError(f'{name} does not go with linear-angular attention.')
+        super().__init__(img_size=img_size, weight_init='skip', **kwargs, **dd)
+        factory = LayerFactory(
+            self.patch_embed.grid_size, softmax_below, kv_scale,
+            dict(dict(attn_drop=kwargs.get('attn_drop_rate', 0.)), **(attn_kwargs or {})))
+        for block in self.blocks:
+            old = block.attn
+            block.attn = CastlingTokenAttention(
+                self.embed_dim, old.num_heads, old.qkv.bias is not None, old.proj.bias is not None, old.proj_drop.p,
+                self.num_prefix_tokens, **factory(1, self.num_prefix_tokens), **dd)
+        self._set_grid()
+        self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
+        if weight_init != 'skip':
+            self.init_weights(needs_reset=False)
+        start_schedule(self, castling_steps, castling_ramp)
+
+    def _set_grid(self) -> None:
+        fixed = not self.dynamic_img_size and isinstance(self.patch_drop, nn.Identity)
+        for block in self.blocks:
+            conv = block.attn.dconv
+            if not fixed and conv is not None and conv.kernel_size[1] != 1:
+                raise ValueError("conv='2d' needs a fixed grid: no dynamic_img_size and patch_drop_rate=0.")
+            block.attn.grid = tuple(self.patch_embed.grid_size) if fixed else None
+
+    def set_input_size(self, *args: Any, **kwargs: Any) -> None:
+        """Fit patch and position embeddings to another image or patch size; arguments as for timm's."""
+        super().set_input_size(*args, **kwargs)
+        self._set_grid()
+
+
+class CastlingVisionTransformer(_CastlingVisionTransformer, VisionTransformer):
+    """Castling-DeiT with one head: mechanism as published, configuration reconstructed.
+
+    Paper: arXiv 2211.10526; backbone: DeiT, arXiv 2012.12877.
+    """
+
+
+class CastlingVisionTransformerDistilled(_CastlingVisionTransformer, VisionTransformerDistilled):
+    """Castling-DeiT with two heads, for distillation: mechanism as published, configuration reconstructed.
+
+    Paper: arXiv 2211.10526; backbone: DeiT, arXiv 2012.12877.
+    """
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours, or one of DeiT, timm's or original, see `filter_checkpoint`.
+
+    Positions of another image size are resized.
+    """
+    try:
+        state_dict = vit_filter_fn(unwrap(state_dict), model)
+    except RuntimeError as e:
+        raise ValueError(f'The checkpoint is of another variant: {e}') from e
+    return filter_checkpoint(state_dict, model, lambda state_dict, model: state_dict)
+
+
+def _create_deit(
+        variant: str,
+        pretrained: bool = False,
+        distilled: bool = False,
+        **kwargs: Any,
+) -> _CastlingVisionTransformer:
+    kwargs = dict(dict(patch_size=16, depth=12), **kwargs)
+    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    return build_model(
+        CastlingVisionTransformerDistilled if distilled else CastlingVisionTransformer,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_cfg = partial(castling_cfg, fixed_input_size=True)
+
+default_cfgs = generate_default_cfgs({
+    'castling_deit_tiny_patch16_224.in1k': _cfg(),
+    'castling_deit_small_patch16_224.in1k': _cfg(),
+    'castling_deit_base_patch16_224.in1k': _cfg(),
+    'castling_deit_tiny_distilled_patch16_224.in1k': _cfg(classifier=('head', 'head_dist')),
+    'castling_deit_small_distilled_patch16_224.in1k': _cfg(classifier=('head', 'head_dist')),
+    'castling_deit_base_distilled_patch16_224.in1k': _cfg(classifier=('head', 'head_dist')),
+})
+
+
+@register_model
+def castling_deit_tiny_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-T: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=192, num_heads=3)
+    return _create_deit('castling_deit_tiny_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_deit_small_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-S: mechanism as published, configuration reconstructed (no such size is known)."""
+    model_args = dict(embed_dim=384, num_heads=6)
+    return _create_deit('castling_deit_small_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_deit_base_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-B: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=768, num_heads=12)
+    return _create_deit('castling_deit_base_patch16_224', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_deit_tiny_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-T with two heads: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=192, num_heads=3, distilled=True)
+    return _create_deit('castling_deit_tiny_distilled_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_deit_small_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-S with two heads: mechanism as published, configuration reconstructed (no such size is known)."""
+    model_args = dict(embed_dim=384, num_heads=6, distilled=True)
+    return _create_deit('castling_deit_small_distilled_patch16_224', pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_deit_base_distilled_patch16_224(pretrained: bool = False, **kwargs: Any) -> _CastlingVisionTransformer:
+    """Castling-DeiT-B with two heads: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=768, num_heads=12, distilled=True)
+    return _create_deit('castling_deit_base_distilled_patch16_224', pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,412 @@
+"""Castling-LeViT
+
+Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
+
+Linear-angular attention in the place of softmax attention in LeViT (arXiv 2104.01136), with an auxiliary softmax branch
+for training that is gone at inference. The mechanism is as published; the authors released one attention module,
+https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so all configurations are reconstructed: how queries, keys
+and values meet on pooled grids, and the widths of the keys.
+
+@inproceedings{you2023castling,
+  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+    Inference},
+  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
+    and Yingyan Lin},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={14431--14442}, year={2023}
+}
+"""
+from collections import OrderedDict
+from functools import partial
+from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
+
+import torch
+from torch import nn
+
+from timm.layers import get_act_layer
+from timm.models import generate_default_cfgs, register_model
+from timm.models.levit import ConvNorm, Levit, LevitDistilled, LevitMlp
+
+from ._timm import build_model, register_notrace_module
+from ..layers.linear_angular import LinearAngular
+from ..ops._common import has_hooks, is_plain, linear, packed_weight, use_bands
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
+from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._pyramid import check_input, fold_batch_norm
+
+__all__ = ['CastlingLevit', 'CastlingLevitDistilled']
+
+QK_WIDTHS = ('value', 'key')
+
+# Positions of a map up to which inference on a CPU takes 1x1 convolutions as linear layers. Measured: half of the time
+# at 7 x 7 (bfloat16 and float32), the same at 64 x 64.
+LINEAR_UP_TO = 1024
+
+
+class LevitStem(nn.Sequential):
+    """LeViT's stem of strided convolutions with batch norm, in channels-last memory."""
+
+    def __init__(
+            self,
+            in_chans: int,
+            widths: Sequence[int],
+            strides: Sequence[int],
+            act_layer: Type[nn.Module],
+            device=None,
+            dtype=None,
+    ):
+        super().__init__()
+        self.in_chans = in_chans
+        for i, (width, stride) in enumerate(zip(widths, strides), start=1):
+            conv = ConvNorm(in_chans, width, 3, stride=stride, padding=1, device=device, dtype=dtype)
+            self.add_module(f'conv{i}', conv)
+            if i < len(widths):
+                self.add_module(f'act{i}', act_layer())
+            in_chans = width
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        check_input(x, self.in_chans)
+        x = x.contiguous(memory_format=torch.channels_last)
+        for module in self:
+            x = module(x)
+        return x
+
+
+class PointwiseNorm(ConvNorm):
+    """LeViT's 1x1 convolution with batch norm."""
+
+    def __init__(self, dim: int, dim_out: int, bn_weight_init: float = 1., device=None, dtype=None):
+        """
+        Args:
+            dim: Channels of the map.
+            dim_out: Channels of the new map.
+            bn_weight_init: Initial scale of the batch norm.
+        """
+        super().__init__(dim, dim_out, bn_weight_init=bn_weight_init, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', H, W)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x) and x.shape[2] * x.shape[3] <= LINEAR_UP_TO and self._is_plain():
+                return self._as_linear(x)
+        return self.bn(self.linear(x))
+
+    @torch.jit.unused
+    def _is_plain(self) -> bool:
+        norm = type(self.bn) is nn.Identity or (type(self.bn) is nn.BatchNorm2d and not self.bn.training)
+        return (norm and not has_hooks(self.bn) and is_plain(self.linear, nn.Conv2d)
+                and not torch.is_autocast_enabled('cpu'))
+
+    @torch.jit.unused
+    def _as_linear(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.linear
+        x = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias, packed=packed_weight(conv))
+        if isinstance(self.bn, nn.BatchNorm2d):
+            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+            x = torch.addcmul(torch.addcmul(self.bn.bias, self.bn.running_mean, scale, value=-1), x, scale)
+        return x.permute(0, 3, 1, 2)
+
+    def fuse(self) -> 'PointwiseNorm':
+        """Fold the norm into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.linear = fold_batch_norm(self.linear, self.bn)
+            self.bn = nn.Identity()
+        return self
+
+
+def _levit_proj(dim: int, dim_out: int, act_layer: Type[nn.Module], bn_weight_init: float, **dd: Any) -> nn.Sequential:
+    return nn.Sequential(OrderedDict([
+        ('act', act_layer()),
+        ('ln', PointwiseNorm(dim, dim_out, bn_weight_init, **dd)),
+    ]))
+
+
+def _levit_mlp(mlp: LevitMlp, **dd: Any) -> None:
+    """Give timm's MLP our layers."""
+    for name, bn_weight_init in (('ln1', 1.), ('ln2', 0.)):
+        conv = getattr(mlp, name).linear
+        setattr(mlp, name, PointwiseNorm(conv.in_channels, conv.out_channels, bn_weight_init, **dd))
+
+
+@register_notrace_module
+class LevitAttention(LinearAngular):
+    """LeViT's attention around the linear-angular core, on (B, C, H, W) maps."""
+
+    def __init__(
+            self,
+            dim: int,
+            key_dim: int,
+            value_dim: int,
+            num_heads: int,
+            act_layer: Type[nn.Module],
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            key_dim: Channels of queries and keys of each head.
+            value_dim: Channels of values of each head.
+            num_heads: Attention heads.
+            act_layer: Activation before the output projection.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.qkv = PointwiseNorm(dim, (2 * key_dim + value_dim) * num_heads, **dd)
+        self.proj = _levit_proj(value_dim * num_heads, dim, act_layer, 0., **dd)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.num_heads * self.value_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        B, _, H, W = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
+        x = self.attend(q, k, v, (H, W))
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, -1).permute(0, 3, 1, 2))
+
+
+@register_notrace_module
+class LevitAttentionDownsample(LinearAngular):
+    """LeViT's attention from every other row and column to all, on (B, C, H, W) maps.
+
+    The identity and the convolution of the values are read at the positions of the queries (ours: the authors' module
+    has queries and keys on one grid).
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            key_dim: int,
+            value_dim: int,
+            num_heads: int,
+            act_layer: Type[nn.Module],
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            dim_out: Channels of the new map.
+            key_dim: Channels of queries and keys of each head.
+            value_dim: Channels of values of each head.
+            num_heads: Attention heads.
+            act_layer: Activation before the output projection.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.kv = PointwiseNorm(dim, (key_dim + value_dim) * num_heads, **dd)
+        self.q = nn.Sequential(OrderedDict([
+            ('down', nn.AvgPool2d(1, stride=2)),
+            ('ln', PointwiseNorm(dim, key_dim * num_heads, **dd)),
+        ]))
+        self.proj = _levit_proj(value_dim * num_heads, dim_out, act_layer, 1., **dd)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.num_heads * self.value_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
+        B, _, H, W = x.shape
+        kv = self.kv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, -1).transpose(1, 2)
+        k, v = kv.split([self.key_dim, self.value_dim], dim=3)
+        q = self.q(x).permute(0, 2, 3, 1)
+        H_out, W_out = q.shape[1], q.shape[2]
+        q = q.reshape(B, H_out * W_out, self.num_heads, self.key_dim).transpose(1, 2)
+        x = self.attend(q, k, v, (H, W), stride=2)
+        return self.proj(x.transpose(1, 2).reshape(B, H_out, W_out, -1).permute(0, 3, 1, 2))
+
+
+class _CastlingLevit(Castling):
+    """What both forms of Castling-LeViT add to timm's LeViT."""
+
+    def __init__(
+            self,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            in_chans: int = 3,
+            embed_dim: Sequence[int] = (256, 384, 512),
+            stem_widths: Optional[Sequence[int]] = None,
+            stem_strides: Sequence[int] = (2, 2, 2, 2),
+            act_layer: str = 'hard_swish',
+            attn_act_layer: Optional[str] = None,
+            qk_width: str = 'value',
+            softmax_below: int = 0,
+            kv_scale: bool = False,
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            castling_steps: int = 0,
+            castling_ramp: Sequence[float] = (.1, .7),
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            img_size: Image size of the training, for `softmax_below` and `kv_scale`; the model takes any size.
+            in_chans: Channels of the input images.
+            embed_dim: Channels of each stage.
+            stem_widths: Channels of the convolutions of the stem, doubling up to `embed_dim[0]` if None.
+            stem_strides: Their strides.
+            act_layer: Activation by name.
+            attn_act_layer: Activation in attention by name, None for the same.
+            qk_width: Channels of queries and keys of a head: 'value', as many as of its values, or 'key' as in LeViT,
+                whose weights then fit.
+            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
+            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
+            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
+            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
+                see `Castling.schedule_castling`. 0 for no schedule.
+            castling_ramp: Shares of these passes between which the thresholds rise.
+            kwargs: As for timm's `Levit`.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        if qk_width not in QK_WIDTHS:
+            raise ValueError(f"Unknown qk_width '{qk_width}', expected one of {', '.join(QK_WIDTHS)}.")
+        n = len(stem_strides)
+        if stem_widths is None:
+            stem_widths = [embed_dim[0] // 2 ** (n - 1 - i) for i in range(n)]
+        if len(stem_widths) != n or stem_widths[-1] != embed_dim[0]:
+            raise ValueError(
+                f'stem_widths={tuple(stem_widths)} must have one entry per stride of stem_strides='
+                f'{tuple(stem_strides)}, the last of them embed_dim[0]={embed_dim[0]}.')
+        factory = LayerFactory(img_size, softmax_below, kv_scale, attn_kwargs)
+        act = get_act_layer(act_layer)
+        stem_stride = 1
+        for stride in stem_strides:
+            stem_stride *= stride
+        super().__init__(
+            img_size=stem_stride,  # of the attentions that are replaced below, whose tables would grow with it
+            in_chans=in_chans,
+            embed_dim=tuple(embed_dim),
+            stem_backbone=LevitStem(in_chans, stem_widths, stem_strides, act, **dd),
+            stem_stride=stem_stride,
+            act_layer=act_layer,
+            attn_act_layer=attn_act_layer,
+            use_conv=True,
+            **kwargs,
+            **dd)
+        act = get_act_layer(attn_act_layer or act_layer)
+        reduction = stem_stride
+        for i, stage in enumerate(self.stages):
+            if i > 0:
+                old = stage.downsample.attn_downsample
+                stage.downsample.attn_downsample = LevitAttentionDownsample(
+                    embed_dim[i - 1], embed_dim[i], old.val_dim if qk_width == 'value' else old.key_dim, old.val_dim,
+                    old.num_heads, act, **factory(reduction), **dd)
+                _levit_mlp(stage.downsample.mlp, **dd)
+                reduction *= 2
+            for block in stage.blocks:
+                old = block.attn
+                _levit_mlp(block.mlp, **dd)
+                block.attn = LevitAttention(
+                    embed_dim[i], old.val_dim if qk_width == 'value' else old.key_dim, old.val_dim, old.num_heads, act,
+                    **factory(reduction), **dd)
+        start_schedule(self, castling_steps, castling_ramp)
+
+
+class CastlingLevit(_CastlingLevit, Levit):
+    """Castling-LeViT with one head: mechanism as published, configuration reconstructed.
+
+    Paper: arXiv 2211.10526; backbone: LeViT, arXiv 2104.01136.
+    """
+
+
+class CastlingLevitDistilled(_CastlingLevit, LevitDistilled):
+    """Castling-LeViT with two heads, for distillation: mechanism as published, configuration reconstructed.
+
+    Paper: arXiv 2211.10526; backbone: LeViT, arXiv 2104.01136.
+    """
+
+
+def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights of timm's LeViT under our names, without its tables of positions."""
+    out = {k: v for k, v in state_dict.items() if 'attention_bias' not in k}
+    matrices = (k for k, v in out.items() if k.endswith('.linear.weight') and v.ndim == 2 and k.startswith('stages.'))
+    out = {**out, **{k: out[k][:, :, None, None] for k in matrices}}
+    key = 'stages.0.blocks.0.attn.qkv.linear.weight'
+    if key in out and len(out[key]) < len(model.state_dict()[key]):
+        raise ValueError("The checkpoint's queries and keys are narrower than its values, as in LeViT: create the "
+                         "model with qk_width='key'.")
+    return out
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours, or one of timm's LeViT to start training from, see `filter_checkpoint`.
+
+    The latter is of the linear or the convolutional form, and goes into models with `qk_width='key'`.
+    """
+    return filter_checkpoint(state_dict, model, _from_host, stem='stem.conv1.linear')
+
+
+def _create_levit(variant: str, pretrained: bool = False, distilled: bool = True, **kwargs: Any) -> _CastlingLevit:
+    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dim']))))
+    return build_model(
+        CastlingLevitDistilled if distilled else CastlingLevit,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
+        **kwargs,
+    )
+
+
+_cfg = partial(
+    castling_cfg, pool_size=(4, 4), first_conv='stem.conv1.linear', classifier=('head.linear', 'head_dist.linear'))
+
+default_cfgs = generate_default_cfgs({
+    'castling_levit_128s.in1k': _cfg(),
+    'castling_levit_128.in1k': _cfg(),
+    'castling_levit_192.in1k': _cfg(),
+    'castling_levit_256.in1k': _cfg(),
+    'castling_levit_384.in1k': _cfg(),
+})
+
+
+@register_model
+def castling_levit_128s(pretrained: bool = False, **kwargs: Any) -> _CastlingLevit:
+    """Castling-LeViT-128S: mechanism as published, configuration reconstructed (this size is not in the paper)."""
+    model_args = dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 6, 8), depth=(2, 3, 4))
+    return _create_levit('castling_levit_128s', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_levit_128(pretrained: bool = False, **kwargs: Any) -> _CastlingLevit:
+    """Castling-LeViT-128: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=(128, 256, 384), key_dim=16, num_heads=(4, 8, 12), depth=(4, 4, 4))
+    return _create_levit('castling_levit_128', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_levit_192(pretrained: bool = False, **kwargs: Any) -> _CastlingLevit:
+    """Castling-LeViT-192: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=(192, 288, 384), key_dim=32, num_heads=(3, 5, 6), depth=(4, 4, 4))
+    return _create_levit('castling_levit_192', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_levit_256(pretrained: bool = False, **kwargs: Any) -> _CastlingLevit:
+    """Castling-LeViT-256: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=(256, 384, 512), key_dim=32, num_heads=(4, 6, 8), depth=(4, 4, 4))
+    return _create_levit('castling_levit_256', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_levit_384(pretrained: bool = False, **kwargs: Any) -> _CastlingLevit:
+    """Castling-LeViT-384: mechanism as published, configuration reconstructed."""
+    model_args = dict(embed_dim=(384, 512, 768), key_dim=32, num_heads=(6, 9, 12), depth=(4, 4, 4))
+    return _create_levit('castling_levit_384', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,252 @@
+"""Castling-MViTv2
+
+Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
+
+Linear-angular attention in the place of softmax attention in MViTv2 (arXiv 2112.01526), with an auxiliary softmax
+branch for training that is gone at inference. The mechanism is as published; the authors released one attention module,
+https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so all configurations are reconstructed, as is how queries,
+keys and values meet on pooled grids.
+
+@inproceedings{you2023castling,
+  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+    Inference},
+  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
+    and Yingyan Lin},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={14431--14442}, year={2023}
+}
+"""
+from dataclasses import replace
+from functools import partial
+from typing import Any, Dict, List, Optional, Sequence, Tuple, Type, Union
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from timm.models import generate_default_cfgs, register_model
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn as mvitv2_filter_fn
+
+from ._timm import build_model, register_notrace_module
+from ..layers.linear_angular import LinearAngular
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
+from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._pyramid import check_input
+from ._weights import not_a_checkpoint_of
+
+__all__ = ['CastlingMultiScaleVit']
+
+
+@register_notrace_module
+class CastlingMultiScaleAttention(LinearAngular):
+    """MViTv2's pooling attention around the linear-angular core, with queries, keys and values on one grid.
+
+    Paper: MViTv2, arXiv 2112.01526. That keys and values are pooled with the stride of the queries is ours.
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            num_heads: int,
+            qkv_bias: bool,
+            kernel_size: int,
+            stride: int,
+            norm_layer: Type[nn.Module],
+            residual_pooling: bool = True,
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the tokens.
+            dim_out: Channels of the new tokens.
+            num_heads: Attention heads.
+            qkv_bias: Bias of the query, key and value projections.
+            kernel_size: Side of the pooling convolutions.
+            stride: Of the pooling convolutions.
+            norm_layer: Norm of pooled queries, keys and values.
+            residual_pooling: Add the pooled queries to the output.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.dim_out = dim_out
+        self.head_dim = dim_out // num_heads
+        self.stride = stride
+        self.residual_pooling = residual_pooling
+        self.qkv = nn.Linear(dim, 3 * dim_out, bias=qkv_bias, **dd)
+        self.proj = nn.Linear(dim_out, dim_out, **dd)
+        conv = partial(
+            nn.Conv2d, self.head_dim, self.head_dim, kernel_size, stride=stride, padding=kernel_size // 2,
+            groups=self.head_dim, bias=False, **dd)
+        self.pool_q, self.norm_q = conv(), norm_layer(self.head_dim, **dd)
+        self.pool_k, self.norm_k = conv(), norm_layer(self.head_dim, **dd)
+        self.pool_v, self.norm_v = conv(), norm_layer(self.head_dim, **dd)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.dim_out
+
+    def _pool(self, x: torch.Tensor, weight: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+        """Tokens (B, N, C) to a pooled map (B, H', W', C) with the convolution that all heads share."""
+        pad = weight.shape[2] // 2
+        x = x.reshape(x.shape[0], feat_size[0], feat_size[1], self.dim_out).permute(0, 3, 1, 2)
+        x = F.conv2d(
+            x, weight.repeat(self.num_heads, 1, 1, 1), None, [self.stride, self.stride], [pad, pad], [1, 1],
+            self.dim_out)
+        return x.permute(0, 2, 3, 1)
+
+    def forward(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, List[int]]:
+        """Tokens (B, H * W, C) and [H, W] to tokens (B, H' * W', C') and [H', W']."""
+        B = x.shape[0]
+        q, k, v = self.qkv(x).split(self.dim_out, dim=2)
+        q = self._pool(q, self.pool_q.weight, feat_size)
+        k = self._pool(k, self.pool_k.weight, feat_size)
+        v = self._pool(v, self.pool_v.weight, feat_size)
+        H, W = q.shape[1], q.shape[2]
+        q = self.norm_q(q.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
+        k = self.norm_k(k.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
+        v = self.norm_v(v.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
+        x = self.attend(q, k, v, (H, W))
+        if self.residual_pooling:
+            x = x + q
+        return self.proj(x.transpose(1, 2).reshape(B, H * W, self.dim_out)), [H, W]
+
+
+class CastlingMultiScaleVit(Castling, MultiScaleVit):
+    """Castling-MViTv2 for images of any size: mechanism as published, configuration reconstructed.
+
+    MViTv2's relative positions are left out: they belong to a softmax that inference does not have.
+
+    Paper: arXiv 2211.10526; backbone: MViTv2, arXiv 2112.01526.
+    """
+
+    def __init__(
+            self,
+            cfg: MultiScaleVitCfg,
+            img_size: Union[int, Tuple[int, int]] = 224,
+            softmax_below: int = 0,
+            kv_scale: bool = False,
+            attn_kwargs: Optional[Dict[str, Any]] = None,
+            castling_steps: int = 0,
+            castling_ramp: Sequence[float] = (.1, .7),
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            cfg: As for timm's `MultiScaleVit`, without class token and absolute positions.
+            img_size: Image size of the training, for `softmax_below` and `kv_scale`; the model takes any size.
+            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
+            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
+            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
+            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
+                see `Castling.schedule_castling`. 0 for no schedule.
+            castling_ramp: Shares of these passes between which the thresholds rise.
+            kwargs: As for timm's `MultiScaleVit`.
+
+        Raises:
+            ValueError: A value is out of range, or `cfg` has a class token, absolute positions or another pooling.
+        """
+        if cfg.use_cls_token or cfg.use_abs_pos or cfg.pool_first or cfg.mode != 'conv':
+            raise ValueError(f'{cfg} must have pooling by convolutions, no class token and no absolute positions.')
+        dd = {'device': device, 'dtype': dtype}
+        factory = LayerFactory(img_size, softmax_below, kv_scale, attn_kwargs)
+        super().__init__(replace(cfg, rel_pos_type=''), img_size=img_size, **kwargs, **dd)
+        reduction = cfg.patch_stride[0]
+        for i, stage in enumerate(self.stages):
+            for j, block in enumerate(stage.blocks):
+                old = block.attn
+                stride = cfg.stride_q[i][0] if j == 0 else 1
+                reduction *= stride
+                block.attn = CastlingMultiScaleAttention(
+                    old.qkv.in_features, old.dim_out, old.num_heads, cfg.qkv_bias, cfg.kernel_qkv[0], stride,
+                    partial(nn.LayerNorm, eps=cfg.norm_eps), cfg.residual_pooling, **factory(reduction), **dd)
+        self.apply(self._init_weights)
+        start_schedule(self, castling_steps, castling_ramp)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Initialise all weights, which timm's MViTv2 does in its constructor alone.
+
+        Args:
+            needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
+                needed after `to_empty()`.
+        """
+        for m in self.modules():
+            if needs_reset and hasattr(m, 'reset_parameters'):
+                m.reset_parameters()
+        self.apply(self._init_weights)
+        self._reset_schedule()
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to tokens (B, H' * W', num_features)."""
+        check_input(x, self.in_chans)
+        x, feat_size = self.patch_embed(x)
+        for stage in self.stages:
+            x, feat_size = stage(x, feat_size)
+        return self.norm(x)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        # not left to timm's: torch.fx looks for functions that it does not trace where `forward` is defined
+        return self.forward_head(self.forward_features(x))
+
+
+def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Weights of MViTv2 under our names, without its tables of positions."""
+    try:
+        return mvitv2_filter_fn({k: v for k, v in state_dict.items() if '.rel_pos_' not in k}, model)
+    except KeyError as e:  # a block that the model has not
+        raise not_a_checkpoint_of(state_dict, model) from e
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    """Take a state dict of ours, or one of MViTv2, timm's or original, see `filter_checkpoint`."""
+    return filter_checkpoint(state_dict, model, _from_host)
+
+
+def _create_mvitv2(variant: str, pretrained: bool = False, **kwargs: Any) -> CastlingMultiScaleVit:
+    out_indices = kwargs.pop('out_indices', len(kwargs['model_cfg'].depths))
+    return build_model(
+        CastlingMultiScaleVit,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
+        **kwargs,
+    )
+
+
+_cfg = partial(castling_cfg, classifier='head.fc')
+
+default_cfgs = generate_default_cfgs({
+    'castling_mvitv2_tiny.in1k': _cfg(),
+    'castling_mvitv2_small.in1k': _cfg(),
+    'castling_mvitv2_base.in1k': _cfg(),
+})
+
+
+@register_model
+def castling_mvitv2_tiny(pretrained: bool = False, **kwargs: Any) -> CastlingMultiScaleVit:
+    """Castling-MViTv2-T: mechanism as published, configuration reconstructed."""
+    model_args = dict(model_cfg=MultiScaleVitCfg(depths=(1, 2, 5, 2)))
+    return _create_mvitv2('castling_mvitv2_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_mvitv2_small(pretrained: bool = False, **kwargs: Any) -> CastlingMultiScaleVit:
+    """Castling-MViTv2-S: mechanism as published, configuration reconstructed."""
+    model_args = dict(model_cfg=MultiScaleVitCfg(depths=(1, 2, 11, 2)))
+    return _create_mvitv2('castling_mvitv2_small', pretrained=pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def castling_mvitv2_base(pretrained: bool = False, **kwargs: Any) -> CastlingMultiScaleVit:
+    """Castling-MViTv2-B: mechanism as published, configuration reconstructed."""
+    model_args = dict(model_cfg=MultiScaleVitCfg(depths=(2, 3, 16, 3)))
+    return _create_mvitv2('castling_mvitv2_base', pretrained=pretrained, **dict(model_args, **kwargs))
