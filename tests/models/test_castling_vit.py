@@ -19,7 +19,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 import vitlinear  # noqa: F401
 from vitlinear.tools import cli
-from vitlinear.layers import LinearAngularAttention
+from vitlinear.layers import LinearAngularAttention, levit
 from vitlinear.layers.linear_angular import LinearAngular
 from vitlinear.tools.export import count_macs
 from vitlinear.zoo.records import read_record
@@ -29,7 +29,6 @@ from vitlinear.models import (
     CastlingPyramid,
     CastlingSchedule,
     CastlingVisionTransformer,
-    castling_levit,
 )
 from vitlinear.models._castling import Castling
 
@@ -789,7 +788,7 @@ def test_compiled_training_with_a_schedule():
 @pytest.mark.parametrize('form', FORMS)
 def test_inference_equals_training_graph(monkeypatch, form: str, train: bool, limit: int):
     """However small maps are evaluated; batch norms in training take their batch without gradients as well."""
-    monkeypatch.setattr(castling_levit, 'LINEAR_UP_TO', limit)
+    monkeypatch.setattr(levit, 'LINEAR_UP_TO', limit)
     model, x = create(form, attn_kwargs=dict(aux_mode='train')).train(train), images(3, 3, 32, 32)
     expected = copy.deepcopy(model)(x).detach()
     for context in (torch.no_grad, torch.inference_mode):

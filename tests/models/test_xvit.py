@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import vitlinear  # noqa: F401
 from vitlinear.layers import XNormAttention, XNormClassAttention
 from vitlinear.ops import reference
-from vitlinear.models.xvit import ClassBlock, FourierPosition, LocalPatchInteraction, checkpoint_filter_fn
+from vitlinear.layers.xnorm_block import ClassBlock, FourierPosition, LocalPatchInteraction
+from vitlinear.models import xvit, xvit_pyramid
 
 FLAT = ['xvit_tiny', 'xvit_small', 'xvit_medium', 'xvit_base']
 PYRAMIDS = ['xvit_pyramid_nano', 'xvit_pyramid_tiny', 'xvit_pyramid_small', 'xvit_pyramid_base']
@@ -547,25 +548,25 @@ def test_checkpoints(caplog):
     source = create()
     state = {'state_dict': {f'module.{k}': v for k, v in source.state_dict().items()}}
     target = create(seed=1)
-    target.load_state_dict(checkpoint_filter_fn(state, target))
+    target.load_state_dict(xvit.checkpoint_filter_fn(state, target))
     x = images(1, 3, 48, 48)
     assert torch.equal(target(x), source(x))
-    assert list(checkpoint_filter_fn(source.state_dict(), target)) == list(source.state_dict())
+    assert list(xvit.checkpoint_filter_fn(source.state_dict(), target)) == list(source.state_dict())
 
     wide = create(seed=1, img_size=(96, 64))  # positions are resized
-    wide.load_state_dict(checkpoint_filter_fn(source.state_dict(), wide))
+    wide.load_state_dict(xvit.checkpoint_filter_fn(source.state_dict(), wide))
     x = images(1, 3, 96, 64)
     torch.testing.assert_close(wide(x), source(x), **CLOSE)
 
     pooled = create(seed=1, global_pool='avg')  # class attention is left out
-    pooled.load_state_dict(checkpoint_filter_fn(source.state_dict(), pooled))
+    pooled.load_state_dict(xvit.checkpoint_filter_fn(source.state_dict(), pooled))
     assert torch.equal(pooled.forward_features(x), source.forward_features(x))
     with pytest.raises(ValueError, match='incomplete: cls_token'):
-        checkpoint_filter_fn(pooled.state_dict(), source)
+        xvit.checkpoint_filter_fn(pooled.state_dict(), source)
 
     with caplog.at_level(logging.WARNING):
         other = create(seed=1, num_classes=4)
-        other.load_state_dict(checkpoint_filter_fn(source.state_dict(), other))
+        other.load_state_dict(xvit.checkpoint_filter_fn(source.state_dict(), other))
     assert '10 classes' in caplog.text and torch.equal(other.forward_features(x), source.forward_features(x))
 
 
@@ -577,17 +578,17 @@ def test_checkpoints(caplog):
 ])
 def test_checkpoints_of_other_variants(kwargs, words):
     with pytest.raises(ValueError) as e:
-        checkpoint_filter_fn(create().state_dict(), timm.create_model('xvit_tiny', **{**SMALL, **kwargs}))
+        xvit.checkpoint_filter_fn(create().state_dict(), timm.create_model('xvit_tiny', **{**SMALL, **kwargs}))
     assert all(word in str(e.value) for word in words), e.value
 
 
 def test_checkpoints_of_other_families():
     flat, pyramid = create(), timm.create_model('xvit_pyramid_nano')
     with pytest.raises(ValueError, match='holds no XNormVisionTransformer weights'):
-        checkpoint_filter_fn(pyramid.state_dict(), flat)
+        xvit.checkpoint_filter_fn(pyramid.state_dict(), flat)
     with pytest.raises(ValueError, match='holds no XNormPyramid weights'):
-        checkpoint_filter_fn(flat.state_dict(), pyramid)
-    assert checkpoint_filter_fn(pyramid.state_dict(), pyramid).keys() == pyramid.state_dict().keys()
+        xvit_pyramid.checkpoint_filter_fn(flat.state_dict(), pyramid)
+    assert xvit_pyramid.checkpoint_filter_fn(pyramid.state_dict(), pyramid).keys() == pyramid.state_dict().keys()
 
 
 def test_pretrained_with_other_channels_and_size(tmp_path):

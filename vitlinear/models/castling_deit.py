@@ -27,69 +27,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn as vit_filter_fn
 
 from ._timm import build_model, register_notrace_module
-from ..layers.linear_angular import LinearAngular
+from ..layers.castling import CastlingTokenAttention
 from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
 from ._castling import is_of_host  # noqa: F401  looked up by name
 from ._weights import unwrap
 
 __all__ = ['CastlingVisionTransformer', 'CastlingVisionTransformerDistilled']
 
-
-@register_notrace_module
-class CastlingTokenAttention(LinearAngular):
-    """Linear-angular attention of tokens, class tokens in front, with the signature of timm's attention.
-
-    Paper: arXiv 2211.10526. State dict as that of the authors' module.
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            qkv_bias: bool,
-            proj_bias: bool = True,
-            proj_drop: float = 0.,
-            num_prefix_tokens: int = 1,
-            device=None,
-            dtype=None,
-            **kwargs: Any,
-    ):
-        """
-        Args:
-            dim: Channels of the tokens.
-            num_heads: Attention heads.
-            qkv_bias: Bias of the query, key and value projections.
-            proj_bias: Bias of the output projection.
-            proj_drop: Dropout of the output.
-            num_prefix_tokens: Tokens in front of those of the grid.
-            kwargs: As for `LinearAngular`.
-        """
-        dd = {'device': device, 'dtype': dtype}
-        super().__init__(num_heads, **kwargs, **dd)
-        self.head_dim = dim // num_heads
-        self.num_prefix_tokens = num_prefix_tokens
-        self.grid: Optional[Tuple[int, int]] = None  # for what needs one; set where the image size is fixed
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
-
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.num_heads * self.head_dim
-
-    def forward(
-            self,
-            x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
-            is_causal: bool = False,
-    ) -> torch.Tensor:
-        """(B, N, C) to (B, N, C). There is no masked form: `attn_mask` must be None, `is_causal` False."""
-        if attn_mask is not None or is_causal:
-            raise ValueError('Linear-angular attention takes neither attn_mask nor is_causal.')
-        B, N, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(q, k, v, self.grid, self.num_prefix_tokens)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+register_notrace_module(CastlingTokenAttention)
 
 
 class _CastlingVisionTransformer(Castling):
