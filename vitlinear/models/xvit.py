@@ -23,7 +23,7 @@ checked, so none is given.
 }
 """
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Set, Tuple, Union
+from typing import Any, Callable, Dict, Optional, Set, Tuple, Union
 
 import torch
 from torch import nn
@@ -32,7 +32,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
     calculate_drop_path_rates,
-    get_device_dtype,
     resample_abs_pos_embed_nhwc,
     to_2tuple,
 )
@@ -41,14 +40,14 @@ from timm.models import generate_default_cfgs, register_model
 from ._timm import (
     build_model,
     checkpoint,
-    feature_take_indices,
     register_notrace_module,
     update_model_input_size,
 )
 from ..layers import XNormClassAttention, get_attention_layer
 from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
 from ..ops._common import InferenceCache, use_bands
-from ._pyramid import Mlp, check_input, init_module
+from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
+from ._pyramid import Mlp
 from ._weights import fit, unwrap
 
 __all__ = ['XNormVisionTransformer']
@@ -60,12 +59,7 @@ for _layer in (XNormClassAttention, FourierPosition):  # the table of positions 
     register_notrace_module(_layer)
 
 
-def _check_global_pool(global_pool: str) -> None:
-    if global_pool not in ('token', 'avg', ''):
-        raise ValueError(f"Unsupported global_pool '{global_pool}', expected 'token', 'avg' or '' (no pooling).")
-
-
-class XNormVisionTransformer(nn.Module):
+class XNormVisionTransformer(ImageModel):
     """X-ViT: a convolutional stem, blocks of one width, and class attention as pooling.
 
     Takes images of any size: each convolution of the stem halves a side, rounding up, and learned positions are resized
@@ -74,6 +68,11 @@ class XNormVisionTransformer(nn.Module):
 
     Paper: arXiv 2205.13805; what is documented and what is not is said at the top of this file.
     """
+    parts = 'blocks'
+    one_width = True
+    global_pools = ('token', 'avg', '')
+    output_fmts = ('NCHW', 'NHWC', 'NLC')
+    __constants__ = ('grad_checkpointing',)  # so that TorchScript leaves the branch out
 
     def __init__(
             self,
@@ -128,20 +127,13 @@ class XNormVisionTransformer(nn.Module):
         Raises:
             ValueError: A value is out of range.
         """
-        super().__init__()
+        super().__init__(in_chans, num_classes, global_pool, embed_dim)
         dd = {'device': device, 'dtype': dtype}
-        _check_global_pool(global_pool)
-        for name, value in dict(
-                in_chans=in_chans, embed_dim=embed_dim, depth=depth, class_depth=class_depth, num_heads=num_heads,
-                mlp_ratio=mlp_ratio).items():
-            if value <= 0:
-                raise ValueError(f'{name}={value} must be positive.')
+        check_positive(
+            embed_dim=embed_dim, depth=depth, class_depth=class_depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        check_drop_path(drop_path_rate)
         if int(embed_dim * mlp_ratio) < 1:
             raise ValueError(f'mlp_ratio={mlp_ratio} leaves no hidden channel at embed_dim={embed_dim}.')
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} must not be negative.')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(f'patch_size={patch_size} must be a power of two from 2.')
         num_convs = patch_size.bit_length() - 1
@@ -154,10 +146,7 @@ class XNormVisionTransformer(nn.Module):
         if lpi_convs not in (1, 2):
             raise ValueError(f'lpi_convs={lpi_convs} must be 1 or 2.')
 
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.img_size = self._check_img_size(img_size)
         self.grad_checkpointing = False
@@ -198,8 +187,7 @@ class XNormVisionTransformer(nn.Module):
 
         self._set_class_attention(global_pool == 'token', **dd)
         self.norm = _norm_layer(embed_dim, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._add_head(drop_rate, **dd)
         self.init_weights(needs_reset=False)
 
     def _set_class_attention(self, enable: bool, device=None, dtype=None) -> None:
@@ -241,13 +229,8 @@ class XNormVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all weights.
-
-        Args:
-            needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
-                needed after `to_empty()`.
-        """
-        self.apply(partial(init_module, needs_reset=needs_reset))
+        """Initialise all weights, see `ImageModel.init_weights`."""
+        super().init_weights(needs_reset)
         for p in (self.pos_embed, self.cls_token):
             if p is not None:
                 nn.init.trunc_normal_(p, std=.02)
@@ -266,46 +249,15 @@ class XNormVisionTransformer(nn.Module):
             head=[(r'^cls_token', (0,)), (r'^cls_blocks\.(\d+)', None), (r'^norm', (99999,))],
         )
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations.
-
-        Batch norms see each batch twice then, so that their running statistics move faster.
-        """
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier: a linear layer, or an identity without classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new one, 0 for none.
-            global_pool: 'token', 'avg' or '', None to keep the present pooling. With another than 'token', class
-                attention is removed; with 'token' after that, it starts anew.
-
-        Raises:
-            ValueError: `num_classes` is negative or `global_pool` unsupported; the model is left as it was.
-        """
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} must not be negative.')
-        dd = get_device_dtype(self)
-        if global_pool is not None:
-            _check_global_pool(global_pool)
-            if (global_pool == 'token') != (self.cls_token is not None):
-                self._set_class_attention(global_pool == 'token', **dd)
-                self.cls_blocks.apply(init_module)
-                if self.cls_token is not None:
-                    nn.init.trunc_normal_(self.cls_token, std=.02)
-                self.cls_blocks.train(self.training)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        init_module(self.head)
-        self.head.train(self.training)
+    def _set_global_pool(self, global_pool: str, device=None, dtype=None) -> None:
+        """Without 'token', class attention is removed; with 'token' after that, it starts anew."""
+        if (global_pool == 'token') != (self.cls_token is not None):
+            self._set_class_attention(global_pool == 'token', device=device, dtype=dtype)
+            self.cls_blocks.apply(init_module)
+            if self.cls_token is not None:
+                nn.init.trunc_normal_(self.cls_token, std=.02)
+            self.cls_blocks.train(self.training)
+        self.global_pool = global_pool
 
     def _positions(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The learned positions, resized to the map (B, H, W, C); inference on a CPU remembers them."""
@@ -328,81 +280,20 @@ class XNormVisionTransformer(nn.Module):
             x = x + self.pos_fourier(x)
         return self.pos_drop(x)
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that returns the maps of the blocks.
+    def _run_part(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(part, x) if self.grad_checkpointing else part(x)
 
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: Blocks to return: the last n if int, all if None, else these.
-            norm: Apply the norm of the head to the maps.
-            stop_early: Do not run the blocks after the last one asked for.
-            output_fmt: 'NCHW', 'NHWC' or 'NLC'.
-            intermediates_only: Return the list of maps alone.
+    def _to_map(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
+        return (self.norm(x) if norm else x).permute(0, 3, 1, 2)
 
-        Returns:
-            The last map as (B, C, H, W) and the list of maps, or that list.
-        """
-        if output_fmt not in ('NCHW', 'NHWC', 'NLC'):
-            raise ValueError(f"Unsupported output_fmt '{output_fmt}', expected 'NCHW', 'NHWC' or 'NLC'.")
-        intermediates: List[torch.Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-
-        x = self._embed(x)
-        for i, block in enumerate(self.blocks):
-            if not stop_early or i <= max_index:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x)
-                else:
-                    x = block(x)
-                if i in take_indices:
-                    y = self.norm(x) if norm else x
-                    if output_fmt == 'NCHW':
-                        y = y.permute(0, 3, 1, 2)
-                    elif output_fmt == 'NLC':
-                        y = y.flatten(1, 2)
-                    intermediates.append(y)
-
-        if intermediates_only:
-            return intermediates
-        return x.permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove what the given intermediates do not need.
-
-        Args:
-            indices: Blocks to keep: the last n if int, else these.
-            prune_norm: Remove the norm of the head.
-            prune_head: Remove the classifier and pooling, class attention included.
-
-        Returns:
-            The indices of the kept intermediates.
-        """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, '')
-        return take_indices
+    def _to_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last map (B, embed_dim, H', W')."""
         x = self._embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -431,6 +322,7 @@ class XNormVisionTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        # not left to the base class: torch.fx looks for functions that it does not trace where `forward` is defined
         return self.forward_head(self.forward_features(x))
 
 
