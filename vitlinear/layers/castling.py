@@ -1,6 +1,6 @@
 """Linear-angular attention in the layouts of other backbones: MViTv2's pooled grids and DeiT's tokens."""
 from functools import partial
-from typing import Any, List, Optional, Tuple, Type
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -23,7 +23,7 @@ class CastlingMultiScaleAttention(LinearAngular):
             qkv_bias: bool,
             kernel_size: int,
             stride: int,
-            norm_layer: Type[nn.Module],
+            norm_layer: type[nn.Module],
             residual_pooling: bool = True,
             device=None,
             dtype=None,
@@ -60,7 +60,7 @@ class CastlingMultiScaleAttention(LinearAngular):
         """Channels of the values, of all heads."""
         return self.dim_out
 
-    def _pool(self, x: torch.Tensor, weight: torch.Tensor, feat_size: List[int]) -> torch.Tensor:
+    def _pool(self, x: torch.Tensor, weight: torch.Tensor, feat_size: list[int]) -> torch.Tensor:
         """Tokens (B, N, C) to a pooled map (B, H', W', C) with the convolution that all heads share."""
         pad = weight.shape[2] // 2
         x = x.reshape(x.shape[0], feat_size[0], feat_size[1], self.dim_out).permute(0, 3, 1, 2)
@@ -69,7 +69,7 @@ class CastlingMultiScaleAttention(LinearAngular):
             self.dim_out)
         return x.permute(0, 2, 3, 1)
 
-    def forward(self, x: torch.Tensor, feat_size: List[int]) -> Tuple[torch.Tensor, List[int]]:
+    def forward(self, x: torch.Tensor, feat_size: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Tokens (B, H * W, C) and [H, W] to tokens (B, H' * W', C') and [H', W']."""
         B = x.shape[0]
         q, k, v = self.qkv(x).split(self.dim_out, dim=2)
@@ -118,7 +118,7 @@ class CastlingTokenAttention(LinearAngular):
         super().__init__(num_heads, **kwargs, **dd)
         self.head_dim = dim // num_heads
         self.num_prefix_tokens = num_prefix_tokens
-        self.grid: Optional[Tuple[int, int]] = None  # for what needs one; set where the image size is fixed
+        self.grid: tuple[int, int] | None = None  # for what needs one; set where the image size is fixed
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -130,7 +130,7 @@ class CastlingTokenAttention(LinearAngular):
     def forward(
             self,
             x: torch.Tensor,
-            attn_mask: Optional[torch.Tensor] = None,
+            attn_mask: torch.Tensor | None = None,
             is_causal: bool = False,
     ) -> torch.Tensor:
         """(B, N, C) to (B, N, C). There is no masked form: `attn_mask` must be None, `is_causal` False."""

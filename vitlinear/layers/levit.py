@@ -1,11 +1,10 @@
 """LeViT's layers (arXiv 2104.01136) on (B, C, H, W) maps, its attention around the linear-angular core."""
 from collections import OrderedDict
-from typing import Any, Type
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.models.levit import ConvNorm
+from torch import nn
 
 from ..ops._common import has_hooks, is_plain, linear, packed_weight, use_bands
 from ._fold import fold_batch_norm
@@ -58,7 +57,7 @@ class PointwiseNorm(ConvNorm):
         return self
 
 
-def _levit_proj(dim: int, dim_out: int, act_layer: Type[nn.Module], bn_weight_init: float, **dd: Any) -> nn.Sequential:
+def _levit_proj(dim: int, dim_out: int, act_layer: type[nn.Module], bn_weight_init: float, **dd: Any) -> nn.Sequential:
     return nn.Sequential(OrderedDict([
         ('act', act_layer()),
         ('ln', PointwiseNorm(dim, dim_out, bn_weight_init, **dd)),
@@ -74,7 +73,7 @@ class LevitAttention(LinearAngular):
             key_dim: int,
             value_dim: int,
             num_heads: int,
-            act_layer: Type[nn.Module],
+            act_layer: type[nn.Module],
             device=None,
             dtype=None,
             **kwargs: Any,
@@ -122,7 +121,7 @@ class LevitAttentionDownsample(LinearAngular):
             key_dim: int,
             value_dim: int,
             num_heads: int,
-            act_layer: Type[nn.Module],
+            act_layer: type[nn.Module],
             device=None,
             dtype=None,
             **kwargs: Any,

@@ -1,12 +1,12 @@
 """The layers of X-ViT around its attention: blocks, class attention blocks, local convolutions, Fourier positions."""
 import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.layers import DropPath, LayerScale, Mlp
+from torch import nn
 
 from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
 from ._fold import fold_batch_norm

@@ -3,9 +3,8 @@ import math
 from functools import partial
 
 import torch
-from torch import nn
-
 from timm.layers import get_device_dtype
+from torch import nn
 
 from ._timm import feature_take_indices, register_notrace_function
 

@@ -4,14 +4,14 @@ The method is that of arXiv 2211.10526, which only says that the branch fades; t
 checks are ours.
 """
 import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
+from torch import nn
 
 from ..layers.linear_angular import LinearAngular, check_aux_mode
 from ._pyramid import reparameterize
@@ -25,7 +25,7 @@ CHECK_INTERVAL = 100
 SCHEDULE_ARGUMENTS = ('castling_steps', 'castling_ramp')
 
 
-def check_ramp(ramp: Sequence[float]) -> Tuple[float, float]:
+def check_ramp(ramp: Sequence[float]) -> tuple[float, float]:
     start, end = ramp
     if not 0. <= start < end <= 1.:
         raise ValueError(f'ramp={tuple(ramp)} must be two rising shares of the training, in [0, 1].')
@@ -53,16 +53,16 @@ class Castling:
 
     castling_step: torch.Tensor
 
-    def castling_layers(self) -> Dict[str, LinearAngular]:
+    def castling_layers(self) -> dict[str, LinearAngular]:
         """The layers with an auxiliary branch, by name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, LinearAngular) and m.aux is not None}
 
     def set_castling(
             self,
-            mode: Optional[str] = None,
-            threshold: Optional[float] = None,
-            weight: Optional[float] = None,
-            ramp: Optional[float] = None,
+            mode: str | None = None,
+            threshold: float | None = None,
+            weight: float | None = None,
+            ramp: float | None = None,
     ) -> None:
         """Set the auxiliary branch of all layers; None leaves a setting as it is.
 
@@ -88,7 +88,7 @@ class Castling:
                 if value is not None:
                     buffer.fill_(value)
 
-    def castling_stats(self, batches: Union[torch.Tensor, Iterable[Any]]) -> Dict[str, Dict[str, float]]:
+    def castling_stats(self, batches: torch.Tensor | Iterable[Any]) -> dict[str, dict[str, float]]:
         """What the auxiliary branch does in each layer, with the thresholds and weights now in force.
 
         The branch is on while it is measured, whatever its mode, so that each layer gets what it gets in training.
@@ -105,10 +105,10 @@ class Castling:
         """
         self._follow_schedule()  # a loaded state dict or a moving average brings the count alone
         layers = self.castling_layers()
-        sums: Dict[str, Dict[str, float]] = {name: {} for name in layers}
-        handles: List[Any] = []
+        sums: dict[str, dict[str, float]] = {name: {} for name in layers}
+        handles: list[Any] = []
 
-        def add(name: str, stats: Dict[str, float]) -> None:
+        def add(name: str, stats: dict[str, float]) -> None:
             for k, v in stats.items():
                 sums[name][k] = sums[name].get(k, 0.) + v
 
@@ -116,7 +116,7 @@ class Castling:
             return lambda aux, args: add(name, aux.stats(*args))
 
         def measure_gap(name: str) -> Callable[..., None]:
-            def hook(layer: LinearAngular, args: Tuple[Any, ...], out: Any) -> None:
+            def hook(layer: LinearAngular, args: tuple[Any, ...], out: Any) -> None:
                 layer.aux.mode = 'off'
                 without = _tensor(layer.forward(*args))
                 layer.aux.mode = 'always'
@@ -142,7 +142,7 @@ class Castling:
             raise ValueError('castling_stats needs at least one batch of images.')
         return {name: {k: v / count for k, v in stats.items()} for name, stats in sums.items()}
 
-    def switch_to_inference(self, sample: Optional[torch.Tensor] = None, tol: float = 0.) -> 'Castling':
+    def switch_to_inference(self, sample: torch.Tensor | None = None, tol: float = 0.) -> 'Castling':
         """Remove the auxiliary branch for good. Parameters and their names stay.
 
         Args:
@@ -207,7 +207,7 @@ class Castling:
         self._castling_hook = self.register_forward_pre_hook(_advance)
         self.set_castling(mode='train')
 
-    def _follow_schedule(self) -> Optional[torch.Tensor]:
+    def _follow_schedule(self) -> torch.Tensor | None:
         """Set the ramp for the forward pass to come, by the count so far. None without a schedule."""
         if getattr(self, '_castling_range', None) is None:
             return None
@@ -232,7 +232,7 @@ class Castling:
             self._castling_range = None
             del self.castling_step
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = prefix + 'castling_step'
         if getattr(self, '_castling_range', None) is None:
             state_dict.pop(key, None)
@@ -276,7 +276,7 @@ class CastlingSchedule:
             model: nn.Module,
             total_steps: int,
             ramp: Sequence[float] = (.1, .7),
-            kappa: Optional[float] = None,
+            kappa: float | None = None,
     ):
         """
         Args:
@@ -305,7 +305,7 @@ class CastlingSchedule:
         self.steps = -1
         self.step()
 
-    def step(self, steps: Optional[int] = None) -> None:
+    def step(self, steps: int | None = None) -> None:
         """Advance to the next update, or to that after `steps` updates, as to resume a training."""
         self.steps = self.steps + 1 if steps is None else steps
         start, end = (share * self.total_steps for share in self.ramp)
@@ -318,10 +318,10 @@ class LayerFactory:
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]],
+            img_size: int | tuple[int, int],
             softmax_below: int,
             kv_scale: bool,
-            attn_kwargs: Optional[Dict[str, Any]],
+            attn_kwargs: dict[str, Any] | None,
     ):
         """
         Args:
@@ -342,7 +342,7 @@ class LayerFactory:
         self.kv_scale = kv_scale
         self.attn_kwargs = dict(dict(aux_kappa=2.), **(attn_kwargs or {}))
 
-    def __call__(self, reduction: int, prefix_tokens: int = 0) -> Dict[str, Any]:
+    def __call__(self, reduction: int, prefix_tokens: int = 0) -> dict[str, Any]:
         """Arguments of a layer whose keys are on the grid of this reduction."""
         H, W = (-(-side // reduction) for side in self.img_size)
         tokens = H * W + prefix_tokens
@@ -358,17 +358,17 @@ def start_schedule(model: Castling, steps: int, ramp: Sequence[float]) -> None:
         model.schedule_castling(steps, ramp)
 
 
-def is_of_host(state_dict: Dict[str, Any], model: nn.Module) -> bool:
+def is_of_host(state_dict: dict[str, Any], model: nn.Module) -> bool:
     """Whether `checkpoint_filter_fn` takes weights for those of the backbone with softmax attention."""
     return any('.dconv.' in k for k in model.state_dict()) and not any('.dconv.' in k for k in unwrap(state_dict))
 
 
 def filter_checkpoint(
-        state_dict: Dict[str, torch.Tensor],
+        state_dict: dict[str, torch.Tensor],
         model: nn.Module,
-        from_host: Callable[[Dict[str, torch.Tensor], nn.Module], Dict[str, torch.Tensor]],
+        from_host: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]],
         stem: str = 'patch_embed.proj',
-) -> Dict[str, torch.Tensor]:
+) -> dict[str, torch.Tensor]:
     """Take a state dict of ours unchanged, or one of the same backbone with softmax attention to start training from.
 
     The latter has no convolutions of the values: the model keeps its own. What only softmax attention uses is left out.
@@ -397,7 +397,7 @@ def filter_checkpoint(
     return fit({**state_dict, **step}, model, stem=stem)
 
 
-def castling_cfg(**kwargs: Any) -> Dict[str, Any]:
+def castling_cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),

@@ -4,14 +4,13 @@ timm may rename what starts with an underscore: this is the only file such a ren
 """
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -25,6 +24,7 @@ from timm.models._features import feature_take_indices
 from timm.models._hub import hf_split
 from timm.models._input import update_model_input_size
 from timm.models._pretrained import PretrainedCfg
+from torch import nn
 
 from ..zoo._flax import is_flax, read_flax
 from ..zoo.hub import HubError, check_file, download, download_weights, hub_org, weights_repo
@@ -41,7 +41,7 @@ __all__ = [
 ]
 
 
-def read_weights(path: Union[str, os.PathLike], use_ema: bool = True) -> Dict[str, Any]:
+def read_weights(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Any]:
     """Read a checkpoint file without running anything stored in it, or say what is wrong with it.
 
     Args:
@@ -86,7 +86,7 @@ def _no_weights_message(variant: str, tag: str) -> str:
           f"with timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='checkpoint.pth')).")
 
 
-def _config_overlay(variant: str, path: Path, repo_id: str) -> Dict[str, Any]:
+def _config_overlay(variant: str, path: Path, repo_id: str) -> dict[str, Any]:
     """What the config.json of a repository says for the pretrained cfg of a model."""
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -102,10 +102,10 @@ def _config_overlay(variant: str, path: Path, repo_id: str) -> Dict[str, Any]:
 
 def _locate(
         variant: str,
-        pretrained_cfg: Optional[Any],
-        overlay: Dict[str, Any],
-        cache_dir: Optional[Union[str, os.PathLike]],
-) -> Tuple[Optional[Path], Dict[str, Any]]:
+        pretrained_cfg: Any | None,
+        overlay: dict[str, Any],
+        cache_dir: str | os.PathLike | None,
+) -> tuple[Path | None, dict[str, Any]]:
     """Find, download and check the weights of a model.
 
     Returns:
@@ -155,7 +155,7 @@ def _locate(
     return None, {}
 
 
-@lru_cache(maxsize=None)
+@cache
 def _keep_freed_memory() -> None:
     """Have glibc keep up to 64 MiB of freed memory for the layers to come; once per process.
 
@@ -168,12 +168,12 @@ def _keep_freed_memory() -> None:
 
 
 def build_model(
-        model_cls: Type[nn.Module],
+        model_cls: type[nn.Module],
         variant: str,
         pretrained: bool = False,
-        pretrained_filter_fn: Optional[Callable] = None,
-        pretrained_cfg: Optional[Any] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        pretrained_filter_fn: Callable | None = None,
+        pretrained_cfg: Any | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, checking the weights, with errors that say what to do about missing or wrong ones.

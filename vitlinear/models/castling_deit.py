@@ -16,20 +16,27 @@ https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so all configuratio
   pages={14431--14442}, year={2023}
 }
 """
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.models import generate_default_cfgs, register_model
 from timm.models.deit import VisionTransformerDistilled
-from timm.models.vision_transformer import VisionTransformer, checkpoint_filter_fn as vit_filter_fn
+from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
+from torch import nn
 
-from ._timm import build_model, register_notrace_module
 from ..layers.castling import CastlingTokenAttention
-from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
-from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._castling import (
+    Castling,
+    LayerFactory,
+    castling_cfg,
+    filter_checkpoint,
+    is_of_host,  # noqa: F401  looked up by name
+    start_schedule,
+)
+from ._timm import build_model, register_notrace_module
 from ._weights import unwrap
 
 __all__ = ['CastlingVisionTransformer', 'CastlingVisionTransformerDistilled']
@@ -42,10 +49,10 @@ class _CastlingVisionTransformer(Castling):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             softmax_below: int = 0,
             kv_scale: bool = False,
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
             weight_init: str = '',
@@ -115,7 +122,7 @@ class CastlingVisionTransformerDistilled(_CastlingVisionTransformer, VisionTrans
     """
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, or one of DeiT, timm's or original, see `filter_checkpoint`.
 
     Positions of another image size are resized.

@@ -17,21 +17,27 @@ and values meet on pooled grids, and the widths of the keys.
   pages={14431--14442}, year={2023}
 }
 """
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Type, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.layers import get_act_layer
 from timm.models import generate_default_cfgs, register_model
 from timm.models.levit import ConvNorm, Levit, LevitDistilled, LevitMlp
+from torch import nn
 
-from ._timm import build_model, register_notrace_module
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
-from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
-from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._castling import (
+    Castling,
+    LayerFactory,
+    castling_cfg,
+    filter_checkpoint,
+    is_of_host,  # noqa: F401  looked up by name
+    start_schedule,
+)
 from ._pyramid import check_input
+from ._timm import build_model, register_notrace_module
 
 __all__ = ['CastlingLevit', 'CastlingLevitDistilled']
 
@@ -50,7 +56,7 @@ class LevitStem(nn.Sequential):
             in_chans: int,
             widths: Sequence[int],
             strides: Sequence[int],
-            act_layer: Type[nn.Module],
+            act_layer: type[nn.Module],
             device=None,
             dtype=None,
     ):
@@ -83,17 +89,17 @@ class _CastlingLevit(Castling):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             in_chans: int = 3,
             embed_dim: Sequence[int] = (256, 384, 512),
-            stem_widths: Optional[Sequence[int]] = None,
+            stem_widths: Sequence[int] | None = None,
             stem_strides: Sequence[int] = (2, 2, 2, 2),
             act_layer: str = 'hard_swish',
-            attn_act_layer: Optional[str] = None,
+            attn_act_layer: str | None = None,
             qk_width: str = 'value',
             softmax_below: int = 0,
             kv_scale: bool = False,
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
             device=None,
@@ -181,7 +187,7 @@ class CastlingLevitDistilled(_CastlingLevit, LevitDistilled):
     """
 
 
-def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def _from_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of timm's LeViT under our names, without its tables of positions."""
     out = {k: v for k, v in state_dict.items() if 'attention_bias' not in k}
     matrices = (k for k, v in out.items() if k.endswith('.linear.weight') and v.ndim == 2 and k.startswith('stages.'))
@@ -193,7 +199,7 @@ def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
     return out
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, or one of timm's LeViT to start training from, see `filter_checkpoint`.
 
     The latter is of the linear or the convolutional form, and goes into models with `qk_width='key'`.

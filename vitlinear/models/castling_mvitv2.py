@@ -17,21 +17,28 @@ keys and values meet on pooled grids.
   pages={14431--14442}, year={2023}
 }
 """
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
+from timm.models import generate_default_cfgs, register_model
+from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
+from timm.models.mvitv2 import checkpoint_filter_fn as mvitv2_filter_fn
 from torch import nn
 
-from timm.models import generate_default_cfgs, register_model
-from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg, checkpoint_filter_fn as mvitv2_filter_fn
-
-from ._timm import build_model, register_notrace_module
 from ..layers.castling import CastlingMultiScaleAttention
-from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
-from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._castling import (
+    Castling,
+    LayerFactory,
+    castling_cfg,
+    filter_checkpoint,
+    is_of_host,  # noqa: F401  looked up by name
+    start_schedule,
+)
 from ._pyramid import check_input
+from ._timm import build_model, register_notrace_module
 from ._weights import not_a_checkpoint_of
 
 __all__ = ['CastlingMultiScaleVit']
@@ -50,10 +57,10 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
     def __init__(
             self,
             cfg: MultiScaleVitCfg,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             softmax_below: int = 0,
             kv_scale: bool = False,
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
             device=None,
@@ -120,7 +127,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
         return self.forward_head(self.forward_features(x))
 
 
-def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def _from_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of MViTv2 under our names, without its tables of positions."""
     try:
         return mvitv2_filter_fn({k: v for k, v in state_dict.items() if '.rel_pos_' not in k}, model)
@@ -128,7 +135,7 @@ def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
         raise not_a_checkpoint_of(state_dict, model) from e
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, or one of MViTv2, timm's or original, see `filter_checkpoint`."""
     return filter_checkpoint(state_dict, model, _from_host)
 

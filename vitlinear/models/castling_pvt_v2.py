@@ -18,21 +18,27 @@ layout (softmax in the last stage) follows later code of the same group. castlin
 }
 """
 import re
+from collections.abc import Sequence
 from functools import partial
-from typing import Any, Dict, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.models import generate_default_cfgs, register_model
 from timm.models.pvt_v2 import checkpoint_filter_fn as pvt_v2_filter_fn
+from torch import nn
 
-from ._timm import build_model
 from ..layers import LinearAngularAttention
 from ..zoo.records import weights_cfg
-from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint, start_schedule
-from ._castling import is_of_host  # noqa: F401  looked up by name
+from ._castling import (
+    Castling,
+    LayerFactory,
+    castling_cfg,
+    filter_checkpoint,
+    is_of_host,  # noqa: F401  looked up by name
+    start_schedule,
+)
 from ._pyramid import Pyramid
+from ._timm import build_model
 
 __all__ = ['CastlingPyramid']
 
@@ -45,14 +51,14 @@ class CastlingPyramid(Castling, Pyramid):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             embed_dims: Sequence[int] = (64, 128, 320, 512),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 5, 8),
-            mlp_ratios: Union[float, Sequence[float]] = (8., 8., 4., 4.),
+            num_heads: int | Sequence[int] = (1, 2, 5, 8),
+            mlp_ratios: float | Sequence[float] = (8., 8., 4., 4.),
             patch_stride: int = 4,
             softmax_below: int = 49,
             kv_scale: bool = False,
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
             **kwargs: Any,
@@ -87,7 +93,7 @@ class CastlingPyramid(Castling, Pyramid):
         start_schedule(self, castling_steps, castling_ramp)
 
 
-def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def _from_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Weights of PVTv2 under our names, without its spatial reductions."""
     out = {k: v for k, v in pvt_v2_filter_fn(state_dict, model).items() if not re.search(r'\.attn\.(sr|norm)\.', k)}
     for k in [k for k in out if '.attn.q.' in k]:
@@ -95,7 +101,7 @@ def _from_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[st
     return out
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, or one of PVTv2, timm's or original, see `filter_checkpoint`."""
     return filter_checkpoint(state_dict, model, _from_host)
 

@@ -22,12 +22,11 @@ checked, so none is given.
   journal={arXiv preprint arXiv:2205.13805}, year={2022}
 }
 """
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, Optional, Set, Tuple, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
@@ -36,18 +35,19 @@ from timm.layers import (
     to_2tuple,
 )
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
+from ..layers import XNormClassAttention, get_attention_layer
+from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
+from ..ops._common import InferenceCache, use_bands
+from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
+from ._pyramid import Mlp
 from ._timm import (
     build_model,
     checkpoint,
     register_notrace_module,
     update_model_input_size,
 )
-from ..layers import XNormClassAttention, get_attention_layer
-from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
-from ..ops._common import InferenceCache, use_bands
-from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
-from ._pyramid import Mlp
 from ._weights import fit, unwrap
 
 __all__ = ['XNormVisionTransformer']
@@ -76,7 +76,7 @@ class XNormVisionTransformer(ImageModel):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             patch_size: int = 16,
             in_chans: int = 3,
             num_classes: int = 1000,
@@ -85,14 +85,14 @@ class XNormVisionTransformer(ImageModel):
             depth: int = 12,
             class_depth: int = 2,
             num_heads: int = 8,
-            attn_dim: Optional[int] = None,
+            attn_dim: int | None = None,
             mlp_ratio: float = 4.,
             qkv_bias: bool = True,
             init_values: float = 1.,
             pos_embed: str = 'learn',
             lpi_convs: int = 2,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_layer: str | Callable[..., nn.Module] = 'xnorm',
+            attn_kwargs: dict[str, Any] | None = None,
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -199,18 +199,18 @@ class XNormVisionTransformer(ImageModel):
         self.cls_blocks = nn.ModuleList([ClassBlock(self.embed_dim, **args, **dd) for _ in range(depth)])
 
     @staticmethod
-    def _check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
         H, W = to_2tuple(img_size)
         if H < 1 or W < 1:
             raise ValueError(f'img_size={img_size} must be positive.')
         return H, W
 
-    def _grid(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+    def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Sides of the map of an image."""
         return -(-img_size[0] // self.patch_size), -(-img_size[1] // self.patch_size)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Learn positions for images of another size from now on: those there are become the resized ones.
 
         Not needed to run the model at another size, where they are resized each time.
@@ -236,12 +236,12 @@ class XNormVisionTransformer(ImageModel):
                 nn.init.trunc_normal_(p, std=.02)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters to exempt from weight decay, besides the biases, norms and scales that timm exempts."""
         return {name for name in ('pos_embed', 'cls_token') if getattr(self, name) is not None}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that order the parameters from input to output, for layer-wise learning rates."""
         return dict(
             stem=r'^patch_embed|^pos_embed|^pos_fourier',
@@ -267,7 +267,7 @@ class XNormVisionTransformer(ImageModel):
         return resample_abs_pos_embed_nhwc(positions, [x.shape[1], x.shape[2]])
 
     @torch.jit.unused
-    def _known_positions(self, positions: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    def _known_positions(self, positions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self._cache.get([positions], size, partial(resample_abs_pos_embed_nhwc, positions))
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -326,7 +326,7 @@ class XNormVisionTransformer(ImageModel):
         return self.forward_head(self.forward_features(x))
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, from training or from the Hub.
 
     Learned positions are resized to the model's, bicubic and antialiased. Class attention is left out where the model
@@ -362,7 +362,7 @@ def _create_xvit(variant: str, pretrained: bool = False, **kwargs: Any) -> XNorm
     )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -382,7 +382,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-def _pyramid_cfg(**kwargs: Any) -> Dict[str, Any]:
+def _pyramid_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**dict(dict(pool_size=(7, 7), first_conv='patch_embed.proj'), **kwargs))
 
 

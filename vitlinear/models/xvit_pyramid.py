@@ -12,17 +12,17 @@ strides. The models xvit_pyramid_nano, tiny, small and base are ours altogether;
   journal={arXiv preprint arXiv:2205.13805}, year={2022}
 }
 """
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from ._timm import build_model
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
+from ._timm import build_model
 from ._weights import fit, unwrap
 
 __all__ = ['XNormPyramid']
@@ -39,10 +39,10 @@ class XNormPyramid(Pyramid):
             self,
             embed_dims: Sequence[int] = (64, 128, 256, 512),
             depths: Sequence[int] = (3, 3, 12, 3),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            num_heads: int | Sequence[int] = (1, 2, 4, 8),
+            mlp_ratios: float | Sequence[float] = 4.,
+            attn_layer: str | Callable[..., nn.Module] = 'xnorm',
+            attn_kwargs: dict[str, Any] | None = None,
             attn_ratio: float = .5,
             **kwargs: Any,
     ):
@@ -71,7 +71,7 @@ class XNormPyramid(Pyramid):
         )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, from training or from the Hub.
 
     A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
@@ -94,7 +94,7 @@ def _create_xvit_pyramid(variant: str, pretrained: bool = False, **kwargs: Any) 
     )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
