@@ -209,10 +209,10 @@ def test_documented_defaults():
 # options of the layers
 
 @pytest.mark.parametrize('form', FORMS)
-def test_kv_scale(form: str):
+def test_scale_with_size(form: str):
     """At the image size of the training it changes nothing, elsewhere it does."""
     options = dict(dynamic_img_size=True) if form.startswith('deit') else {}
-    a, b = create(form, **options), create(form, kv_scale=True, **options)
+    a, b = create(form, **options), create(form, scale_with_size=True, **options)
     x = images(2, 3, 32, 32)
     assert torch.equal(a(x), b(x))
     x = images(2, 3, 64, 48)
@@ -223,9 +223,9 @@ def test_kv_scale(form: str):
 
 
 @pytest.mark.parametrize('kwargs', [dict(img_size=36), dict(patch_size=(8, 4)), dict(img_size=(32, 64))])
-def test_kv_scale_of_other_grids(kwargs):
+def test_scale_with_size_of_other_grids(kwargs):
     """Images that patches do not divide, patches and images that are not square."""
-    a, b = create('deit', **kwargs), create('deit', kv_scale=True, **kwargs)
+    a, b = create('deit', **kwargs), create('deit', scale_with_size=True, **kwargs)
     x = images(2, 3, *a.patch_embed.img_size)
     assert torch.equal(a(x), b(x))
 
@@ -906,9 +906,9 @@ def test_export(form: str):
         torch.testing.assert_close(exported(images(*shape)), model(images(*shape)), **CLOSE)
 
 
-def test_kv_scale_is_exported():
+def test_scale_with_size_is_exported():
     """It follows the size of the image."""
-    model = create('deit', kv_scale=True, dynamic_img_size=True)
+    model = create('deit', scale_with_size=True, dynamic_img_size=True)
     dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
     exported = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic,)).module()
     for shape in ((2, 3, 64, 96), (3, 3, 96, 64)):

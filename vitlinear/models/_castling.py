@@ -1,7 +1,7 @@
-"""The switch of Castling models from training to inference: the auxiliary branch, measured, ramped down and removed.
+"""What the Castling models of all backbones share: the auxiliary branch and its end, layers, checkpoints, cfg.
 
-The method is that of arXiv 2211.10526, which only says that the branch fades; the relative threshold, the ramp and the
-checks are ours.
+Documented in arXiv 2211.10526: the branch, a softmax of large weights alone, which fades while a model trains and is
+gone at inference. Ours: that the threshold is relative to the number of keys, the ramp, and the checks of the switch.
 """
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -19,8 +19,8 @@ from ._weights import fit, unwrap
 
 _logger = logging.getLogger(__name__)
 
-# On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.
-CHECK_INTERVAL = 100
+# Training steps between two looks at whether the ramp is over, on devices for which a look is a wait.
+_STEPS_BETWEEN_LOOKS = 100
 # Constructor arguments that belong to a training, not to the model that it leaves.
 SCHEDULE_ARGUMENTS = ('castling_steps', 'castling_ramp')
 
@@ -52,6 +52,8 @@ class Castling:
     """Mixin of models around `LinearAngular` layers."""
 
     castling_step: torch.Tensor
+    # Forward passes in training mode between which the ramp rises, None without a schedule of the model's own.
+    _castling_range: tuple[float, float] | None = None
 
     def castling_layers(self) -> dict[str, LinearAngular]:
         """The layers with an auxiliary branch, by name."""
@@ -187,8 +189,9 @@ class Castling:
     def schedule_castling(self, steps: int, ramp: Sequence[float] = (.1, .7)) -> None:
         """Let the model advance the ramp by itself, by the number of its forward passes in training mode.
 
-        The number is kept in the state dict as `castling_step`, so that a resumed training goes on where it stopped;
-        a model without a schedule loads such a state dict and leaves the number out.
+        For training loops that cannot be changed, such as timm's train.py; others take a `CastlingSchedule`. The number
+        is kept in the state dict as `castling_step`, so that a resumed training goes on where it stopped; a model
+        without a schedule loads such a state dict and leaves the number out.
 
         Args:
             steps: Forward passes of the whole training; with gradients accumulated over n passes, n times the updates.
@@ -199,17 +202,30 @@ class Castling:
         """
         if steps < 1:
             raise ValueError(f'castling_steps={steps} must be positive.')
+        start, end = check_ramp(ramp)
         self._end_schedule()
-        self._castling_range = [share * steps for share in check_ramp(ramp)]
+        self._castling_range = start * steps, end * steps
         self._castling_calls = 0
         device = next(self.parameters()).device
         self.register_buffer('castling_step', torch.zeros((), dtype=torch.long, device=device))
         self._castling_hook = self.register_forward_pre_hook(_advance)
         self.set_castling(mode='train')
 
+    def _schedule_from_arguments(self, castling_steps: int, castling_ramp: Sequence[float]) -> None:
+        """What the arguments `castling_steps`, 0 for no schedule, and `castling_ramp` of a constructor ask for."""
+        check_ramp(castling_ramp)
+        if castling_steps != 0:
+            self.schedule_castling(castling_steps, castling_ramp)
+
+    def _end_schedule(self) -> None:
+        if self._castling_range is not None:
+            self._castling_hook.remove()
+            self._castling_range = None
+            del self.castling_step
+
     def _follow_schedule(self) -> torch.Tensor | None:
         """Set the ramp for the forward pass to come, by the count so far. None without a schedule."""
-        if getattr(self, '_castling_range', None) is None:
+        if self._castling_range is None:
             return None
         start, end = self._castling_range
         ramp = ((self.castling_step - start) / (end - start)).clamp(0., 1.)
@@ -217,24 +233,18 @@ class Castling:
             layer.aux.ramp.copy_(ramp)
         return ramp
 
-    def _reset_schedule(self) -> None:
-        if getattr(self, '_castling_range', None) is not None:
-            self.castling_step.zero_()
-
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """Initialise all weights; arguments as for the backbone. A schedule begins again."""
         super().init_weights(*args, **kwargs)
-        self._reset_schedule()
+        self._restart_schedule()
 
-    def _end_schedule(self) -> None:
-        if getattr(self, '_castling_range', None) is not None:
-            self._castling_hook.remove()
-            self._castling_range = None
-            del self.castling_step
+    def _restart_schedule(self) -> None:
+        if self._castling_range is not None:
+            self.castling_step.zero_()
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = prefix + 'castling_step'
-        if getattr(self, '_castling_range', None) is None:
+        if self._castling_range is None:
             state_dict.pop(key, None)
         elif key not in state_dict:
             state_dict[key] = torch.zeros_like(self.castling_step)  # weights to start from
@@ -254,7 +264,7 @@ def _advance(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     model._castling_calls += 1
-    if model.castling_step.device.type == 'cpu' or model._castling_calls % CHECK_INTERVAL == 0:
+    if model.castling_step.device.type == 'cpu' or model._castling_calls % _STEPS_BETWEEN_LOOKS == 0:
         # at the end of the ramp the branch adds exactly nothing, so it need not be computed any more
         model.set_castling(mode='off' if ramp == 1. else 'train')
 
@@ -290,7 +300,7 @@ class CastlingSchedule:
         """
         if not isinstance(model, Castling) or not model.castling_layers():
             raise ValueError(f'{type(model).__name__} has no layers with an auxiliary branch.')
-        if getattr(model, '_castling_range', None) is not None:
+        if model._castling_range is not None:
             raise ValueError('The model advances a ramp by itself already, see castling_steps.')
         if total_steps < 1:
             raise ValueError(f'total_steps={total_steps} must be positive.')
@@ -314,21 +324,22 @@ class CastlingSchedule:
 
 
 class LayerFactory:
-    """Arguments of the linear-angular layers of a model, layer by layer."""
+    """Arguments of the linear-angular layers of a model, layer by layer, from those of its constructor."""
 
     def __init__(
             self,
             img_size: int | tuple[int, int],
             softmax_below: int,
-            kv_scale: bool,
+            scale_with_size: bool,
             attn_kwargs: dict[str, Any] | None,
     ):
         """
         Args:
             img_size: Image size of the training.
-            softmax_below: Keep softmax attention in layers with at most this number of keys at `img_size`.
-            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`, see `LinearAngular`.
-            attn_kwargs: Further arguments of `LinearAngular`.
+            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys
+                at `img_size`.
+            scale_with_size: Have layers weigh their parts at other image sizes as at `img_size`, see `LinearAngular`.
+            attn_kwargs: Further arguments of `LinearAngular`, such as `dict(conv='2d', aux_mode='train')`.
 
         Raises:
             ValueError: A value is out of range.
@@ -339,23 +350,15 @@ class LayerFactory:
         if min(self.img_size) < 1:
             raise ValueError(f'img_size={img_size} must be positive.')
         self.softmax_below = softmax_below
-        self.kv_scale = kv_scale
+        self.scale_with_size = scale_with_size
         self.attn_kwargs = dict(dict(aux_kappa=2.), **(attn_kwargs or {}))
 
     def __call__(self, reduction: int, prefix_tokens: int = 0) -> dict[str, Any]:
         """Arguments of a layer whose keys are on the grid of this reduction."""
         H, W = (-(-side // reduction) for side in self.img_size)
         tokens = H * W + prefix_tokens
-        return dict(
-            self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=tokens if self.kv_scale else None)
-
-
-def start_schedule(model: Castling, steps: int, ramp: Sequence[float]) -> None:
-    check_ramp(ramp)
-    if steps < 0:
-        raise ValueError(f'castling_steps={steps} must not be negative.')
-    if steps:
-        model.schedule_castling(steps, ramp)
+        ref_keys = tokens if self.scale_with_size else None
+        return dict(self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=ref_keys)
 
 
 def is_of_host(state_dict: dict[str, Any], model: nn.Module) -> bool:

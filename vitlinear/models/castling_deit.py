@@ -34,7 +34,6 @@ from ._castling import (
     castling_cfg,
     filter_checkpoint,
     is_of_host,  # noqa: F401  looked up by name
-    start_schedule,
 )
 from ._timm import build_model, register_notrace_module
 from ._weights import unwrap
@@ -51,7 +50,7 @@ class _CastlingVisionTransformer(Castling):
             self,
             img_size: int | tuple[int, int] = 224,
             softmax_below: int = 0,
-            kv_scale: bool = False,
+            scale_with_size: bool = False,
             attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
@@ -63,12 +62,9 @@ class _CastlingVisionTransformer(Castling):
         """
         Args:
             img_size: Image size.
-            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
-            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
-            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
-            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
-                see `Castling.schedule_castling`. 0 for no schedule.
-            castling_ramp: Shares of these passes between which the thresholds rise.
+            softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
+            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
+                training, see `Castling.schedule_castling`; 0 steps for none.
             weight_init: As for timm's `VisionTransformer`.
             kwargs: As for timm's `VisionTransformer`, but for other kinds of attention and norms of queries and keys.
 
@@ -81,7 +77,7 @@ class _CastlingVisionTransformer(Castling):
                 raise ValueError(f'{name} does not go with linear-angular attention.')
         super().__init__(img_size=img_size, weight_init='skip', **kwargs, **dd)
         factory = LayerFactory(
-            self.patch_embed.grid_size, softmax_below, kv_scale,
+            self.patch_embed.grid_size, softmax_below, scale_with_size,
             dict(dict(attn_drop=kwargs.get('attn_drop_rate', 0.)), **(attn_kwargs or {})))
         for block in self.blocks:
             old = block.attn
@@ -92,7 +88,7 @@ class _CastlingVisionTransformer(Castling):
         self.weight_init_mode = 'reset' if weight_init == 'skip' else weight_init
         if weight_init != 'skip':
             self.init_weights(needs_reset=False)
-        start_schedule(self, castling_steps, castling_ramp)
+        self._schedule_from_arguments(castling_steps, castling_ramp)
 
     def _set_grid(self) -> None:
         fixed = not self.dynamic_img_size and isinstance(self.patch_drop, nn.Identity)

@@ -28,15 +28,14 @@ from timm.models.levit import ConvNorm, Levit, LevitDistilled, LevitMlp
 from torch import nn
 
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
+from ._base import check_input
 from ._castling import (
     Castling,
     LayerFactory,
     castling_cfg,
     filter_checkpoint,
     is_of_host,  # noqa: F401  looked up by name
-    start_schedule,
 )
-from ._pyramid import check_input
 from ._timm import build_model, register_notrace_module
 
 __all__ = ['CastlingLevit', 'CastlingLevitDistilled']
@@ -98,7 +97,7 @@ class _CastlingLevit(Castling):
             attn_act_layer: str | None = None,
             qk_width: str = 'value',
             softmax_below: int = 0,
-            kv_scale: bool = False,
+            scale_with_size: bool = False,
             attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
@@ -108,7 +107,7 @@ class _CastlingLevit(Castling):
     ):
         """
         Args:
-            img_size: Image size of the training, for `softmax_below` and `kv_scale`; the model takes any size.
+            img_size: Image size of the training, for `softmax_below` and `scale_with_size`; the model takes any size.
             in_chans: Channels of the input images.
             embed_dim: Channels of each stage.
             stem_widths: Channels of the convolutions of the stem, doubling up to `embed_dim[0]` if None.
@@ -117,12 +116,9 @@ class _CastlingLevit(Castling):
             attn_act_layer: Activation in attention by name, None for the same.
             qk_width: Channels of queries and keys of a head: 'value', as many as of its values, or 'key' as in LeViT,
                 whose weights then fit.
-            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
-            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
-            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
-            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
-                see `Castling.schedule_castling`. 0 for no schedule.
-            castling_ramp: Shares of these passes between which the thresholds rise.
+            softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
+            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
+                training, see `Castling.schedule_castling`; 0 steps for none.
             kwargs: As for timm's `Levit`.
 
         Raises:
@@ -138,7 +134,7 @@ class _CastlingLevit(Castling):
             raise ValueError(
                 f'stem_widths={tuple(stem_widths)} must have one entry per stride of stem_strides='
                 f'{tuple(stem_strides)}, the last of them embed_dim[0]={embed_dim[0]}.')
-        factory = LayerFactory(img_size, softmax_below, kv_scale, attn_kwargs)
+        factory = LayerFactory(img_size, softmax_below, scale_with_size, attn_kwargs)
         act = get_act_layer(act_layer)
         stem_stride = 1
         for stride in stem_strides:
@@ -170,7 +166,7 @@ class _CastlingLevit(Castling):
                 block.attn = LevitAttention(
                     embed_dim[i], old.val_dim if qk_width == 'value' else old.key_dim, old.val_dim, old.num_heads, act,
                     **factory(reduction), **dd)
-        start_schedule(self, castling_steps, castling_ramp)
+        self._schedule_from_arguments(castling_steps, castling_ramp)
 
 
 class CastlingLevit(_CastlingLevit, Levit):

@@ -29,15 +29,14 @@ from timm.models.mvitv2 import checkpoint_filter_fn as mvitv2_filter_fn
 from torch import nn
 
 from ..layers.castling import CastlingMultiScaleAttention
+from ._base import check_input
 from ._castling import (
     Castling,
     LayerFactory,
     castling_cfg,
     filter_checkpoint,
     is_of_host,  # noqa: F401  looked up by name
-    start_schedule,
 )
-from ._pyramid import check_input
 from ._timm import build_model, register_notrace_module
 from ._weights import not_a_checkpoint_of
 
@@ -59,7 +58,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
             cfg: MultiScaleVitCfg,
             img_size: int | tuple[int, int] = 224,
             softmax_below: int = 0,
-            kv_scale: bool = False,
+            scale_with_size: bool = False,
             attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
@@ -70,13 +69,10 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
         """
         Args:
             cfg: As for timm's `MultiScaleVit`, without class token and absolute positions.
-            img_size: Image size of the training, for `softmax_below` and `kv_scale`; the model takes any size.
-            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
-            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
-            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
-            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
-                see `Castling.schedule_castling`. 0 for no schedule.
-            castling_ramp: Shares of these passes between which the thresholds rise.
+            img_size: Image size of the training, for `softmax_below` and `scale_with_size`; the model takes any size.
+            softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
+            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
+                training, see `Castling.schedule_castling`; 0 steps for none.
             kwargs: As for timm's `MultiScaleVit`.
 
         Raises:
@@ -85,7 +81,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
         if cfg.use_cls_token or cfg.use_abs_pos or cfg.pool_first or cfg.mode != 'conv':
             raise ValueError(f'{cfg} must have pooling by convolutions, no class token and no absolute positions.')
         dd = {'device': device, 'dtype': dtype}
-        factory = LayerFactory(img_size, softmax_below, kv_scale, attn_kwargs)
+        factory = LayerFactory(img_size, softmax_below, scale_with_size, attn_kwargs)
         super().__init__(replace(cfg, rel_pos_type=''), img_size=img_size, **kwargs, **dd)
         reduction = cfg.patch_stride[0]
         for i, stage in enumerate(self.stages):
@@ -97,7 +93,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
                     old.qkv.in_features, old.dim_out, old.num_heads, cfg.qkv_bias, cfg.kernel_qkv[0], stride,
                     partial(nn.LayerNorm, eps=cfg.norm_eps), cfg.residual_pooling, **factory(reduction), **dd)
         self.apply(self._init_weights)
-        start_schedule(self, castling_steps, castling_ramp)
+        self._schedule_from_arguments(castling_steps, castling_ramp)
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
@@ -111,7 +107,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
             if needs_reset and hasattr(m, 'reset_parameters'):
                 m.reset_parameters()
         self.apply(self._init_weights)
-        self._reset_schedule()
+        self._restart_schedule()
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to tokens (B, H' * W', num_features)."""

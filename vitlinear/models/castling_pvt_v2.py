@@ -35,7 +35,6 @@ from ._castling import (
     castling_cfg,
     filter_checkpoint,
     is_of_host,  # noqa: F401  looked up by name
-    start_schedule,
 )
 from ._pyramid import Pyramid
 from ._timm import build_model
@@ -57,7 +56,7 @@ class CastlingPyramid(Castling, Pyramid):
             mlp_ratios: float | Sequence[float] = (8., 8., 4., 4.),
             patch_stride: int = 4,
             softmax_below: int = 49,
-            kv_scale: bool = False,
+            scale_with_size: bool = False,
             attn_kwargs: dict[str, Any] | None = None,
             castling_steps: int = 0,
             castling_ramp: Sequence[float] = (.1, .7),
@@ -65,23 +64,21 @@ class CastlingPyramid(Castling, Pyramid):
     ):
         """
         Args:
-            img_size: Image size of the training, for `softmax_below` and `kv_scale`; the model takes any size.
+            img_size: Image size of the training, for `softmax_below` and `scale_with_size`; the model takes any size.
             embed_dims: Channels of each stage.
             num_heads: Attention heads of each stage.
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             patch_stride: Stride of the stem.
-            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys.
-            kv_scale: Have layers of other image sizes weigh their parts as at `img_size`.
-            attn_kwargs: Further arguments of the layers, such as `dict(conv='2d', aux_mode='train')`.
-            castling_steps: Forward passes of the training after which the auxiliary branch is to be gone; turns it on,
-                see `Castling.schedule_castling`. 0 for no schedule.
-            castling_ramp: Shares of these passes between which the thresholds rise.
+            softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
+            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
+                training, see `Castling.schedule_castling`; 0 steps for none.
             kwargs: As for `Pyramid`.
 
         Raises:
             ValueError: A value is out of range.
         """
-        factory = LayerFactory(img_size, softmax_below, kv_scale, dict(dict(qkv_bias=True), **(attn_kwargs or {})))
+        attn_kwargs = {'qkv_bias': True, **(attn_kwargs or {})}
+        factory = LayerFactory(img_size, softmax_below, scale_with_size, attn_kwargs)
         super().__init__(
             embed_dims=embed_dims,
             num_heads=num_heads,
@@ -90,7 +87,7 @@ class CastlingPyramid(Castling, Pyramid):
             attn_layer=[
                 partial(LinearAngularAttention, **factory(patch_stride * 2 ** i)) for i in range(len(embed_dims))],
             **kwargs)
-        start_schedule(self, castling_steps, castling_ramp)
+        self._schedule_from_arguments(castling_steps, castling_ramp)
 
 
 def _from_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
