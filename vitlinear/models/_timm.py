@@ -6,11 +6,9 @@ import json
 import os
 from collections.abc import Callable
 from dataclasses import fields
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -96,8 +94,8 @@ def _config_overlay(variant: str, path: Path, repo_id: str) -> dict[str, Any]:
         raise HubError(f"config.json of '{repo_id}' is no config of a timm model ({type(e).__name__}: {e}).") from e
     if architecture != variant:
         raise HubError(f"'{repo_id}' holds weights of {architecture}, not of {variant}.")
-    known = {f.name for f in fields(PretrainedCfg)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and k != 'architecture'}
+    names = {f.name for f in fields(PretrainedCfg)} - {'architecture'}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in names}
 
 
 def _locate(
@@ -138,11 +136,11 @@ def _locate(
             repo = None  # the package carries what that repository has
     if repo:
         repo_id, revision = repo
-        told = {}
+        config = {}
         if not record:
-            told = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
+            config = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
         path = download_weights(repo_id, revision, record, cache_dir=cache_dir)
-        return path, {**told, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
+        return path, {**config, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
     if not cfg.has_weights:
         raise ValueError(_no_weights_message(variant, cfg.tag or ''))
     if cfg.file:
@@ -153,18 +151,6 @@ def _locate(
         repo_id, revision = hf_split(cfg.hf_hub_id)
         return download_weights(repo_id, revision, None, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir), {}
     return None, {}
-
-
-@cache
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 64 MiB of freed memory for the layers to come; once per process.
-
-    It hands memory back to the kernel, which clears it anew for the next layer, from twice the size of the largest
-    block of up to 32 MiB that was freed so far (mallopt(3)). One such block raises that for good, and costs nothing, as
-    it is never written to. Measured on two cores: gkvit_nano takes 0.71 of the time for 128 images of 32 x 32. A bound
-    that the user sets (MALLOC_TRIM_THRESHOLD_) stays as it is, and so do other allocators.
-    """
-    torch.empty(2 ** 25 - 2 ** 16, dtype=torch.uint8, device='cpu')
 
 
 def build_model(
@@ -187,12 +173,11 @@ def build_model(
         HubError: `pretrained` is set and the weights cannot be had from the Hub.
         IntegrityError: `pretrained` is set and the weights are not the published ones.
     """
-    _keep_freed_memory()
     overlay = dict(pretrained_cfg_overlay or {})
     source = path = None
     if pretrained:
-        path, told = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
-        overlay.update({k: v for k, v in told.items() if overlay.get(k) is None})
+        path, located = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
+        overlay.update({k: v for k, v in located.items() if overlay.get(k) is None})
         if path is not None:
             # handed over as a state dict, which timm looks for only where no source is named
             source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).source
