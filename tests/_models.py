@@ -1,9 +1,12 @@
 """Small models of the families, and what their tests measure of a model."""
 import math
 import sys
-from functools import lru_cache
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
+import pytest
 import timm
 import torch
 from timm.models.mvitv2 import MultiScaleVitCfg
@@ -38,6 +41,14 @@ FORMS = {
 }
 
 
+@contextmanager
+def refused(*words: str) -> Iterator[None]:
+    """With a ValueError whose message has all these words."""
+    with pytest.raises(ValueError, match=r'.') as e:
+        yield
+    assert all(word in str(e.value) for word in words), e.value
+
+
 def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
@@ -66,7 +77,7 @@ def create(form: str, seed: int = 0, **kwargs: Any) -> nn.Module:
     return randomize(build(form, **kwargs), seed)
 
 
-@lru_cache(maxsize=None)
+@cache
 def on_meta(name: str) -> nn.Module:
     """An architecture without values, for tests that leave it as it is."""
     return timm.create_model(name, device='meta')

@@ -2,7 +2,7 @@
 import logging
 import re
 from collections.abc import Callable
-from functools import lru_cache
+from functools import cache
 
 import pytest
 import timm
@@ -37,7 +37,7 @@ HOSTS: dict[str, tuple[Callable, str, dict]] = {
 }
 
 
-@lru_cache(maxsize=None)
+@cache
 def host(name: str) -> nn.Module:
     """For tests that leave it as it is; without positions in its attention, which ours has not."""
     model = randomize(HOSTS[name][0]())
@@ -129,7 +129,7 @@ def test_others_are_refused(name: str, theirs: str, words: str):
 def test_incomplete_hosts(name: str):
     theirs = host(name).state_dict()
     missing = next(k for k in theirs if 'mlp' in k)
-    with pytest.raises(ValueError, match='incomplete|no .* weights'):
+    with pytest.raises(ValueError, match=r'incomplete|no .* weights'):
         filtered({k: v for k, v in theirs.items() if k != missing}, ours(name))
 
 

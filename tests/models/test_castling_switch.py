@@ -168,7 +168,7 @@ def test_switch_with_masks_that_are_not_empty(form: str, mode: str):
         reference.set_castling(mode=m)
         outs.append(reference(X))
     gap = (outs[0] - outs[1]).abs().max().item()
-    with pytest.raises(ValueError, match='changes by ([0-9.e+-]+), more than tol=0.0') as e:
+    with pytest.raises(ValueError, match=r'changes by ([0-9.e+-]+), more than tol=0.0') as e:
         model.switch_to_inference(X)
     assert float(re.search('changes by (\\S+),', str(e.value))[1]) == pytest.approx(gap, rel=.01)
     assert model.training and modes(model) == {mode} and same(model.state_dict(), before.state_dict())

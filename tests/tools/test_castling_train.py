@@ -6,8 +6,9 @@ import shutil
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 import timm
@@ -19,10 +20,9 @@ from timm.task import TokenDistillationTask
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from vitlinear.tools import _script, cli, train, validate
 from vitlinear.layers.linear_angular import MaskedSoftmax
-from vitlinear.tools.convert import _classes
 from vitlinear.models import CastlingSchedule
+from vitlinear.tools import _script, cli, train, validate
 
 REPO = Path(__file__).parents[2]
 TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS', '')
@@ -37,11 +37,11 @@ PLAIN = ['--no-aug', '--smoothing', '0']
 SEEN = ['castling_density', 'castling_mass', 'castling_gap']
 
 
-def words(kwargs: Dict[str, Any], **more: Any) -> List[str]:
+def words(kwargs: dict[str, Any], **more: Any) -> list[str]:
     return ['--model-kwargs', *(f'{k}={v!r}' for k, v in {**kwargs, **more}.items())]
 
 
-def common(data: str, **more: Any) -> List[str]:
+def common(data: str, **more: Any) -> list[str]:
     return [
         '--model', 'castling_nano', *words(NANO, **more), '--img-size', '32', '--num-classes', '3', '--device', 'cpu',
         '-j', '0', '-b', '4', '--epochs', '2', '--warmup-epochs', '0', '--opt', 'adamw', '--lr', '1e-3',
@@ -63,20 +63,20 @@ def fit(data, tmp_path):
     return fit
 
 
-def rows(folder: Path) -> List[Dict[str, str]]:
+def rows(folder: Path) -> list[dict[str, str]]:
     with open(folder / 'summary.csv', newline='') as f:
         return list(csv.DictReader(f))
 
 
-def seen(folder: Path) -> List[List[float]]:
+def seen(folder: Path) -> list[list[float]]:
     return [[float(row[f'train_{k}']) for k in SEEN] for row in rows(folder)]
 
 
-def saved(folder: Path, name: str = 'last') -> Dict[str, Any]:
+def saved(folder: Path, name: str = 'last') -> dict[str, Any]:
     return load_checkpoint_metadata(str(folder / f'{name}.pth.tar'))
 
 
-def flat(value: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
+def flat(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
     if items is None:
         yield path, value
@@ -85,7 +85,7 @@ def flat(value: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
             yield from flat(item, f'{path}.{key}')
 
 
-def assert_same_state(a: Dict[str, Any], b: Dict[str, Any]) -> None:
+def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
     for key in ('epoch', 'metric', 'state_dict', 'state_dict_ema', 'optimizer'):
         left, right = dict(flat(a[key])), dict(flat(b[key]))
         assert left.keys() == right.keys() and len(left)
@@ -94,7 +94,7 @@ def assert_same_state(a: Dict[str, Any], b: Dict[str, Any]) -> None:
             assert same, (key, k)
 
 
-def measure(data: str, checkpoint: Path, *extra: str) -> Dict[str, float]:
+def measure(data: str, checkpoint: Path, *extra: str) -> dict[str, float]:
     """`vitlinear validate` with a model that knows nothing of the training."""
     argv = [
         '--model', 'castling_nano', *words({k: v for k, v in NANO.items() if k != 'attn_kwargs'}), '--num-classes', '3',
@@ -177,6 +177,7 @@ def test_ramp_counts_updates(fit, monkeypatch):
     assert {layer.aux.mode for layer in made[0].model.castling_layers().values()} == {'off'}
 
 
+@pytest.mark.slow
 def test_two_processes_have_the_same_ramp(fit, data, tmp_path):
     extra = [*PLAIN, '--opt', 'sgd', '--lr', '.1', '--castling-ramp', '0', '.6', '--epochs', '3']
     one = fit('one', *extra, '-b', '18')
@@ -195,7 +196,8 @@ def test_two_processes_have_the_same_ramp(fit, data, tmp_path):
     assert [row[0] > 0 for row in seen(tmp_path / 'two')] == [True, False, False]
 
 
-@pytest.mark.parametrize('backend, by_flag', [('aot_eager', True), ('eager', False)])
+@pytest.mark.slow
+@pytest.mark.parametrize(('backend', 'by_flag'), [('aot_eager', True), ('eager', False)])
 def test_compiled_training_has_the_same_ramp(fit, backend: str, by_flag: bool):
     extra, kwargs = (['--castling-ramp', '.5', '.6'], {}) if by_flag else ([], dict(castling_steps=4))
     extra = [*extra, *PLAIN, '-b', '9']
@@ -210,7 +212,7 @@ def test_compiled_training_has_the_same_ramp(fit, backend: str, by_flag: bool):
         assert saved(compiled)['state_dict']['castling_step'] == 4
 
 
-@pytest.mark.parametrize('ramp, kwargs, answer', [
+@pytest.mark.parametrize(('ramp', 'kwargs', 'answer'), [
     (['.7', '.1'], {}, '--castling-ramp 0.7 0.1: ramp=(0.7, 0.1) must be two rising shares'),
     (['-.1', '.5'], {}, '--castling-ramp -0.1 0.5: '),
     (['.1', '1.5'], {}, '--castling-ramp 0.1 1.5: '),
@@ -283,26 +285,6 @@ def test_published_folder_has_no_trace_of_the_schedule(counted, capsys, tmp_path
     state = saved(counted)['state_dict_ema']
     assert keys == state.keys() - {'castling_step'} == model.state_dict().keys()
     assert all(torch.equal(v, state[k]) for k, v in model.state_dict().items())
-
-
-@pytest.mark.parametrize('name', TWO_HEADS)
-def test_two_heads_convert(name, capsys, tmp_path):
-    torch.manual_seed(0)
-    model = timm.create_model(name, num_classes=5, castling_steps=3, **TWO_HEADS[name])
-    torch.save(model.state_dict(), tmp_path / 'weights.pth')
-    folder = tmp_path / f'{name}.mine'
-    argv = ['convert', str(tmp_path / 'weights.pth'), '--model', name, '--output', str(folder)]
-    code = cli.main([*argv, *words(TWO_HEADS[name])])
-    assert code == 0, capsys.readouterr().err
-    made = timm.create_model(f'local-dir:{folder}', pretrained=True).eval()
-    images = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert made.num_classes == 5 and torch.equal(made(images), model.switch_to_inference().eval()(images))
-
-
-@pytest.mark.parametrize('name', timm.list_models('castling_*'))
-def test_classes_are_seen_in_weights(name):
-    assert _classes(timm.create_model(name, num_classes=7, device='meta').state_dict()) == 7
-    assert _classes(timm.create_model(name, num_classes=0, device='meta').state_dict()) == 0
 
 
 # distillation
@@ -382,7 +364,7 @@ def test_timms_train_script_resumes_the_count(data, tmp_path):
 
 
 @pytest.mark.skipif(not TIMM_SCRIPTS, reason="TIMM_SCRIPTS names no checkout of timm's repository")
-@pytest.mark.parametrize('config, name', [
+@pytest.mark.parametrize(('config', 'name'), [
     ('castling_levit_256_in1k_distill', 'castling_levit_128s'),
     ('castling_deit_tiny_distilled_patch16_224_in1k', 'castling_deit_tiny_distilled_patch16_224')])
 def test_timms_train_script_distills(config, name, data, tmp_path):
