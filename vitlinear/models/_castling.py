@@ -351,7 +351,7 @@ class LayerFactory:
             raise ValueError(f'img_size={img_size} must be positive.')
         self.softmax_below = softmax_below
         self.scale_with_size = scale_with_size
-        self.attn_kwargs = dict(dict(aux_kappa=2.), **(attn_kwargs or {}))
+        self.attn_kwargs = {'aux_kappa': 2., **(attn_kwargs or {})}
 
     def __call__(self, reduction: int, prefix_tokens: int = 0) -> dict[str, Any]:
         """Arguments of a layer whose keys are on the grid of this reduction."""

@@ -4,8 +4,11 @@ Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-An
 Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
 
 Linear-angular attention in the place of softmax attention in DeiT (arXiv 2012.12877), with an auxiliary softmax branch
-for training that is gone at inference. The mechanism is as published; the authors released one attention module,
-https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so all configurations are reconstructed.
+for training that is gone at inference.
+
+Documented in the paper: the mechanism, and that it takes the place of DeiT's attention.
+From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic and its names.
+Ours: the configurations; the paper is not known to have the size of castling_deit_small.
 
 @inproceedings{you2023castling,
   title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer

@@ -4,9 +4,12 @@ Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-An
 Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
 
 Linear-angular attention in the place of softmax attention in PVTv2 (arXiv 2106.13797), with an auxiliary softmax
-branch for training that is gone at inference. The mechanism is as published; the authors released one attention module,
-https://github.com/GATECH-EIC/Castling-ViT, and no backbone. These models are reconstructed and not in the paper: their
-layout (softmax in the last stage) follows later code of the same group. castling_nano is ours, for small images.
+branch for training that is gone at inference.
+
+Documented in the paper: the mechanism. No PVTv2 is in it.
+From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic and its names;
+from later code of the same group: softmax in the last stage.
+Ours: the configurations, and castling_nano altogether, for small images.
 
 @inproceedings{you2023castling,
   title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer

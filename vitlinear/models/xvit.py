@@ -7,14 +7,17 @@ Two l2 norms take the place of the softmax, which makes attention linear in pixe
 stride 16; they are UFO-ViT (arXiv 2109.14382) under its later name, and no relation of the video model and of the Flax
 model that are also called X-ViT.
 
-The authors have released neither code nor weights, and this is a reconstruction, not a reproduction. Documented: the
-operator and its axes, class attention with the same operator, a stem and local layers of convolutions, pointwise MLPs.
+A reconstruction, not a reproduction: the authors have released neither code nor weights, and no accuracy of the paper
+could be checked, so none is given.
+
+Documented in the paper: the operator and its axes, class attention with the same operator, a stem and local layers of
+convolutions, pointwise MLPs.
 Inherited from XCiT, CaiT and DeiT, on which the paper builds: the order of the layers, layer scale, two class attention
-blocks, the stem's channels, heads, initial values. Widths and depths of xvit_tiny, small, medium and base are those of
-UFO-ViT recalled from memory, since the tables could not be read; with them, parameters come within 0.5 % of the numbers
-recalled, those of tiny within 2.2 %. Whether X-ViT has other variants is not known. Learned scales for queries and for
-products of keys and values each, the grid of positions and drop path are ours. No accuracy of the paper could be
-checked, so none is given.
+blocks, the stem's channels, heads, initial values.
+From memory, since the tables could not be read: widths and depths of xvit_tiny, small, medium and base, those of
+UFO-ViT; with them, parameters come within 0.5 % of the numbers recalled, those of tiny within 2.2 %. Whether X-ViT has
+other variants is not known.
+Ours: learned scales for queries and for products of keys and values each, the grid of positions, drop path.
 
 @article{song2022xvit,
   title={X-ViT: High Performance Linear Vision Transformer without Softmax},

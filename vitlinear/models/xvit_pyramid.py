@@ -3,8 +3,10 @@
 Paper: 'X-ViT: High Performance Linear Vision Transformer without Softmax', https://arxiv.org/abs/2205.13805, T4V
 workshop at CVPR 2022
 
-XNorm attention, which is the paper's, in a pyramid in the manner of PVTv2 (arXiv 2106.13797), for feature maps at four
-strides. The models xvit_pyramid_nano, tiny, small and base are ours altogether; the paper's own are flat, see xvit.py.
+XNorm attention in a pyramid in the manner of PVTv2 (arXiv 2106.13797), for feature maps at four strides.
+
+Documented in the paper: the operator and its axes.
+Ours: the models xvit_pyramid_nano, tiny, small and base altogether; the paper's own are flat, see xvit.py.
 
 @article{song2022xvit,
   title={X-ViT: High Performance Linear Vision Transformer without Softmax},
