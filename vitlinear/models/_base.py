@@ -11,12 +11,7 @@ from ._timm import feature_take_indices, register_notrace_function
 __all__ = ['ImageModel', 'check_input', 'check_positive', 'init_module']
 
 
-@register_notrace_function
-def check_input(x: torch.Tensor, in_chans: int) -> None:
-    """Raise ValueError unless `x` is a non-empty (B, in_chans, H, W) batch."""
-    if not torch.jit.is_scripting():
-        if torch.jit.is_tracing():
-            return  # sizes are tensors then, and what was checked would not be part of the graph
+def _check_batch(x: torch.Tensor, in_chans: int) -> None:
     if x.ndim != 4:
         raise ValueError(f'Expected a (B, {in_chans}, H, W) batch of images, got {x.ndim} dimensions.')
     if x.shape[1] != in_chans:
@@ -24,6 +19,16 @@ def check_input(x: torch.Tensor, in_chans: int) -> None:
             f'Expected {in_chans} input channels (in_chans), got {x.shape[1]} in a batch of shape {list(x.shape)}.')
     if x.shape[0] == 0 or x.shape[2] == 0 or x.shape[3] == 0:
         raise ValueError(f'Expected a batch of at least one image and one pixel, got shape {list(x.shape)}.')
+
+
+@register_notrace_function
+def check_input(x: torch.Tensor, in_chans: int) -> None:
+    """Raise ValueError unless `x` is a non-empty (B, in_chans, H, W) batch; while a model is traced, never."""
+    if not torch.jit.is_tracing():  # sizes are tensors then, and what was checked would not be part of the graph
+        _check_batch(x, in_chans)
+
+
+check_input.__prepare_scriptable__ = lambda: _check_batch  # what TorchScript compiles in its place
 
 
 def check_positive(**values: float) -> None:
