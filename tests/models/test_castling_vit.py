@@ -62,29 +62,23 @@ TABLE = [
     ('castling_pvt_v2_b1', 12_138_296, 2.204, None),
     ('castling_pvt_v2_b2', 21_062_745, 4.223, None),
 ]
+# the same with queries and keys as narrow as LeViT's
+NARROW = [
+    ('castling_levit_128s', 7_772_482, .289), ('castling_levit_128', 9_207_192, .376),
+    ('castling_levit_192', 10_942_375, .625), ('castling_levit_256', 18_887_724, 1.084),
+    ('castling_levit_384', 39_119_688, 2.287)]
 
 
-@pytest.mark.parametrize(('name', 'parameters', 'gmacs', 'aux'), TABLE)
+@pytest.mark.parametrize(('name', 'parameters', 'gmacs', 'aux'), TABLE + [(*row, 'key') for row in NARROW])
 def test_counts(name: str, parameters: int, gmacs: float, aux):
-    model = timm.create_model(name, device='meta')
+    model = timm.create_model(name, device='meta', **(dict(qk_width='key') if aux == 'key' else {}))
     assert numel(model) == parameters
-    assert {layer.aux.mode for layer in layers(model)} == {'off'}
     macs = count_macs(model, 224, 224)
     assert round(macs / 1e9, 3) == gmacs
-    if aux is not None:
+    if isinstance(aux, float):
         model.set_castling(mode='always')
         added = (count_macs(model, 224, 224) - macs) / 1e9
         assert added == pytest.approx(aux, abs=.0006 if aux < .3 or 'deit' in name else .01)
-
-
-@pytest.mark.parametrize(('name', 'parameters', 'gmacs'), [
-    ('castling_levit_128s', 7_772_482, .289), ('castling_levit_128', 9_207_192, .376),
-    ('castling_levit_192', 10_942_375, .625), ('castling_levit_256', 18_887_724, 1.084),
-    ('castling_levit_384', 39_119_688, 2.287)])
-def test_counts_with_the_keys_of_levit(name: str, parameters: int, gmacs: float):
-    model = timm.create_model(name, device='meta', qk_width='key')
-    assert numel(model) == parameters
-    assert round(count_macs(model, 224, 224) / 1e9, 3) == gmacs
 
 
 def test_registered_models():
@@ -236,10 +230,14 @@ def test_fuse(form: str, dtype: torch.dtype):
     """Batch norms are gone and convolutions repeated; outputs stay."""
     model, x = create(form), images(2, 3, 32, 32)
     expected, parameters = model(x), numel(model)
-    fused = model.to(dtype).train().fuse()
-    assert fused is model and not model.training
-    heads = [m for k, m in model.named_modules() if isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d))]
-    assert not heads and {p.dtype for p in model.parameters()} == {dtype}
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    copied = timm.models.reparameterize_model(model)  # timm's function leaves the model alone
+    torch.testing.assert_close(copied(x), expected, **CLOSE)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+    assert model.to(dtype).train().fuse() is model and not model.training
+    assert list(copied.state_dict()) == list(model.state_dict())
+    assert not any(isinstance(m, (nn.BatchNorm1d, nn.BatchNorm2d)) for m in model.modules())
+    assert {p.dtype for p in model.parameters()} == {dtype}
     for layer in layers(model):
         assert len(layer.dconv.weight) == layer.value_channels()
     assert numel(model) != parameters
@@ -251,20 +249,6 @@ def test_fuse(form: str, dtype: torch.dtype):
         assert (out.float() - expected).abs().max() < bound * expected.abs().max()
     with pytest.raises(RuntimeError):
         create(form).load_state_dict(model.state_dict())
-
-
-@pytest.mark.parametrize('form', CASTLING)
-def test_reparameterize_model(form: str):
-    """timm's function leaves the model alone and returns a fused one."""
-    model, x = create(form), images(2, 3, 32, 32)
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    fused = timm.models.reparameterize_model(model)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-    assert len(layers(fused)[0].dconv.weight) == layers(fused)[0].value_channels()
-    torch.testing.assert_close(fused(x), model(x), **CLOSE)
-    torch.testing.assert_close(model.fuse()(x), fused(x), **CLOSE)
-    wrapped = timm.models.reparameterize_model(nn.Sequential(create(form)))
-    torch.testing.assert_close(wrapped(x), fused(x), **CLOSE)
 
 
 @pytest.mark.parametrize('form', DISTILLED)

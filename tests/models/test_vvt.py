@@ -166,20 +166,6 @@ def test_state_shapes(variant: str):
     assert authors_key('stages.2.blocks.7.norm1.bias') in back or variant == 'vvt_tiny'
 
 
-def test_projections_are_fused_in_order():
-    """Queries first, then keys, then values: shapes alone would not tell."""
-    model = VicinityVisionTransformer(embed_dims=(8,), depths=(1,), num_heads=(2,), mlp_ratios=(1.,), num_classes=0)
-    state = to_authors(model.state_dict())
-    for i, name in enumerate('qkv'):
-        for kind in ('weight', 'bias'):
-            state[f'block1.0.attn.{name}_proj.{kind}'] = torch.full_like(
-                state[f'block1.0.attn.{name}_proj.{kind}'], i)
-    loaded = filtered(state, model)
-    for kind in ('weight', 'bias'):
-        chunks = loaded[f'stages.0.blocks.0.attn.qkv.{kind}'].chunk(3)
-        assert [c.unique().tolist() for c in chunks] == [[0.], [1.], [2.]]
-
-
 @pytest.mark.parametrize(('name', 'total', 'backbone', 'classes_100', 'tensors'), [
     ('vvt_tiny', 12_882_440, 12_369_440, 12_420_740, 186),
     ('vvt_small', 25_492_264, 24_979_264, 25_030_564, 386),

@@ -8,7 +8,7 @@ import math
 import pytest
 import timm
 import torch
-from _models import CLOSE, FORMS, build, count_macs, create, filtered, images, numel, on_meta, refused
+from _models import CLOSE, build, count_macs, create, filtered, images, numel, on_meta, refused
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2
@@ -87,21 +87,14 @@ def test_operations_are_linear_in_pixels():
         assert c - b == 2 * (b - a)
 
 
-def test_shapes():
-    for name, heads in zip(FLAT, (4, 8, 8, 8)):
-        model = on_meta(name)
-        attentions = [m for m in model.modules() if isinstance(m, (XNormAttention, XNormClassAttention))]
-        assert {m.num_heads for m in attentions} == {heads} and len(model.cls_blocks) == 2
-        assert len(attentions) == len(model.blocks) + 2
-        values = {m.init_values for m in model.modules() if hasattr(m, 'init_values')}
-        assert values == {1. if len(model.blocks) == 12 else 1e-5}
+def test_heads_and_layer_scale():
+    for name, heads in zip(FLAT, (4, 8, 8, 8), strict=True):
+        layers = [m for m in on_meta(name).modules() if isinstance(m, (XNormAttention, XNormClassAttention))]
+        assert {m.num_heads for m in layers} == {heads} and len(layers) == len(on_meta(name).blocks) + 2
+        values = {m.init_values for m in on_meta(name).modules() if hasattr(m, 'init_values')}
+        assert values == {1. if len(on_meta(name).blocks) == 12 else 1e-5}
     for name in PYRAMIDS:
-        for stage in on_meta(name).stages:
-            for block in stage.blocks:
-                assert isinstance(block.attn, XNormAttention)
-                assert block.attn.head_dim in (24, 32)
-                ratio = block.attn.attn_dim / block.mlp.fc2.out_features
-                assert ratio == (.75 if name == 'xvit_pyramid_nano' else .5)
+        assert {b.attn.head_dim for stage in on_meta(name).stages for b in stage.blocks} <= {24, 32}
 
 
 # parts
@@ -321,18 +314,12 @@ def test_checkpointing(model):
 
 
 def test_drop_rates():
-    model = timm.create_model('xvit_tiny', **{
-        **FORMS['xvit'][1], 'drop_rate': .3, 'pos_drop_rate': .1, 'proj_drop_rate': .2, 'drop_path_rate': .4})
+    model = build('xvit', drop_rate=.3, pos_drop_rate=.1, proj_drop_rate=.2, drop_path_rate=.4)
     for name in ('drop_path1', 'drop_path2', 'drop_path3'):
         rates = [getattr(getattr(block, name), 'drop_prob', 0.) for block in model.blocks]
         assert rates == pytest.approx([0., .2, .4])
     assert model.head_drop.p == .3 and model.pos_drop.p == .1
     assert {m.p for m in [*model.blocks.modules(), *model.cls_blocks.modules()] if isinstance(m, nn.Dropout)} == {.2}
-    x = images(2, 3, 48, 48)
-    model.train()
-    assert not torch.equal(model(x), model(x))
-    model.eval()
-    assert torch.equal(model(x), model(x))
 
 
 def test_layer_decay(model):
@@ -351,16 +338,13 @@ def test_layer_decay(model):
     assert sorted(n for g in groups.values() for n in g) == sorted(names.values())
 
 
-@pytest.mark.parametrize('name', ['xvit_tiny', 'xvit_pyramid_nano'])
-def test_weight_decay(name: str):
+def test_weight_decay(model):
     """None for biases, norms, scales, positions and the class token."""
-    model = timm.create_model(name)
     optimizer = create_optimizer_v2(model, opt='adamw', weight_decay=.05)
     by_id = {id(p): key for key, p in model.named_parameters()}
     exempt = {by_id[id(p)] for group in optimizer.param_groups if not group['weight_decay'] for p in group['params']}
-    for key in by_id.values():
-        scale = any(part in key for part in ('norm', '.bn.', 'gamma', 'pos_embed', 'cls_token'))
-        assert (key in exempt) == (scale or key.endswith('bias')), key
+    parts = ('norm', '.bn.', 'gamma', 'pos_embed', 'cls_token', 'bias')
+    assert exempt == {key for key in by_id.values() if any(part in key for part in parts)}
 
 
 # checkpoints
@@ -386,11 +370,6 @@ def test_checkpoints():
 def test_checkpoints_of_other_variants(kwargs, words):
     with refused(*words):
         filtered(build('xvit').state_dict(), build('xvit', **kwargs))
-
-
-def test_checkpoints_of_the_flat_model_for_a_pyramid():
-    with pytest.raises(ValueError, match='holds no XNormPyramid weights'):
-        filtered(build('xvit').state_dict(), on_meta('xvit_pyramid_nano'))
 
 
 def test_pretrained_with_other_channels_and_size(tmp_path):
@@ -419,13 +398,10 @@ def test_other_mechanisms(attn_layer: str):
 
 @pytest.mark.parametrize(('kwargs', 'words'), [
     (dict(patch_size=12), ['patch_size=12', 'power of two']),
-    (dict(patch_size=1), ['patch_size=1', 'power of two from 2']),
     (dict(embed_dim=20), ['embed_dim=20', 'multiple of 8', 'patch_size=16']),
     (dict(embed_dim=0), ['embed_dim=0', 'positive']),
-    (dict(depth=0), ['depth=0', 'positive']),
     (dict(class_depth=0), ['class_depth=0', 'positive']),
     (dict(num_heads=3), ['attn_dim=8', 'num_heads=3']),
-    (dict(num_heads=0), ['num_heads=0', 'positive']),
     (dict(mlp_ratio=-1.), ['mlp_ratio=-1.0', 'positive']),
     (dict(mlp_ratio=.01), ['mlp_ratio=0.01', 'embed_dim=16']),
     (dict(global_pool='max'), ["global_pool 'max'", "'token', 'avg' or ''"]),
@@ -433,8 +409,6 @@ def test_other_mechanisms(attn_layer: str):
     (dict(lpi_convs=3), ['lpi_convs=3', '1 or 2']),
     (dict(drop_path_rate=1.), ['drop_path_rate=1.0', '[0, 1)']),
     (dict(num_classes=-1), ['num_classes=-1']),
-    (dict(in_chans=0), ['in_chans=0', 'positive']),
-    (dict(img_size=0), ['img_size=0', 'positive']),
     (dict(img_size=(32, -1)), ['img_size=(32, -1)', 'positive']),
     (dict(attn_layer='nosuch'), ["attn_layer 'nosuch'", 'xnorm']),
 ])
