@@ -24,9 +24,10 @@ from .ops._common import PackedConv2d, PackedLinear, has_hooks, has_onednn, is_p
 from .layers.linear_angular import LinearAngular
 from .layers.qna import FoldedQnAAttention
 from .models._castling import Castling
-from .models._pyramid import ConvMlp, Mlp, fold_batch_norm, reparameterize
-from .models.castling_vit import CastlingTokenAttention
-from .models.xvit import ClassBlock, LocalPatchInteraction, XNormBlock
+from .models._pyramid import ConvMlp, Mlp, reparameterize
+from .layers._fold import fold_batch_norm
+from .layers.castling import CastlingTokenAttention
+from .layers.xnorm_block import ClassBlock, LocalPatchInteraction, XNormBlock
 
 __all__ = ['STEPS', 'optimize_for_inference']
 

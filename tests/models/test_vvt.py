@@ -1,20 +1,17 @@
 """VVT against numbers from the authors' code, its parameter and operation counts, and its initialisation."""
 import copy
 import math
-from functools import lru_cache
 
 import pytest
 import timm
 import torch
 from _golden import authors_key, grid, part, to_authors, vvt_facts, vvt_state_shapes, vvt_tensors
+from _models import blank, check_initialisation, count_macs, filtered, images, numel, on_meta
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
-import vitlinear  # noqa: F401
 from vitlinear.layers import VicinityAttention
+from vitlinear.models.vvt import VicinityVisionTransformer
 from vitlinear.ops.vicinity import SEPARABLE_FROM
-from vitlinear.models._pyramid import Block
-from vitlinear.models.vvt import VicinityVisionTransformer, checkpoint_filter_fn
 
 VARIANTS = ['vvt_tiny', 'vvt_small', 'vvt_medium', 'vvt_large']
 IMPLS = ['features', 'separable']
@@ -43,7 +40,7 @@ def load_block(model: nn.Module, params: dict, prefix: str) -> None:
     state = to_authors(model.state_dict())
     assert {f'block1.0.{prefix}{k}' for k in params} <= set(state)
     state.update({f'block1.0.{prefix}{k}': v for k, v in params.items()})
-    model.load_state_dict(checkpoint_filter_fn(state, model))
+    model.load_state_dict(filtered(state, model))
 
 
 def attention_of(case: str, impl: str) -> VicinityAttention:
@@ -70,7 +67,7 @@ def gradients_as_ours(grads: dict) -> dict:
     return ours
 
 
-@pytest.mark.parametrize('case, impl', [
+@pytest.mark.parametrize(('case', 'impl'), [
     (c, i) for c in ATTENTION_CASES for i in IMPLS if (c, i) != ('attn/product_kernel', 'separable')])
 def test_golden_attention(case: str, impl: str):
     H, W = grid(case)
@@ -96,7 +93,7 @@ def test_golden_block(case: str, impl: str):
         attn_kwargs=dict(feature_reduction=ctor['fr_ratio'], fpc_reduction=ctor['se_ratio'], impl=impl))
     load_block(model, part(case, 'param'), '')
     block = model.stages[0].blocks[0]
-    assert isinstance(block, Block) and len(part(case, 'param')) == len(to_authors(block.state_dict())) + 4
+    assert len(part(case, 'param')) == len(to_authors(block.state_dict())) + 4
     out = block(vvt_tensors()[f'{case}/input'].unflatten(1, (H, W)))
     torch.testing.assert_close(out.flatten(1, 2), vvt_tensors()[f'{case}/output'], **tolerance(case))
 
@@ -106,7 +103,7 @@ def golden_model(impl: str) -> VicinityVisionTransformer:
     model = VicinityVisionTransformer(
         attn_kwargs=dict(impl=impl),
         **{k: ctor[k] for k in ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'num_classes')})
-    model.load_state_dict(checkpoint_filter_fn(part('model', 'param'), model))
+    model.load_state_dict(filtered(part('model', 'param'), model))
     return model
 
 
@@ -141,7 +138,7 @@ def test_golden_model_gradients(impl: str, checkpointing: bool):
     x = tensors['model/sq64/input'].clone().requires_grad_()
     model(x).backward(tensors['model/sq64/cotangent'])
     assert_gradient(x.grad, tensors['model/sq64/grad_input'], 'input')
-    expected = checkpoint_filter_fn(part('model/sq64', 'grad'), model)
+    expected = filtered(part('model/sq64', 'grad'), model)
     assert set(expected) == {k for k, _ in model.named_parameters()}
     for name, p in model.named_parameters():
         assert_gradient(p.grad, expected[name], name)
@@ -158,60 +155,33 @@ def create(variant: str, **kwargs) -> nn.Module:
     return timm.create_model(variant, device='meta', **kwargs)
 
 
-@lru_cache(maxsize=None)
-def default(variant: str) -> nn.Module:
-    """For tests that leave it as it is."""
-    return create(variant)
-
-
 def test_state_shapes(variant: str):
     """The authors' parameter list becomes ours, and ours theirs, in names, shapes and order of layers."""
     theirs = {k: torch.empty(shape, device='meta') for k, shape in vvt_state_shapes()[variant]['state_dict']}
-    model = default(variant)
+    model = on_meta(variant)
     ours = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    assert {k: tuple(v.shape) for k, v in checkpoint_filter_fn(theirs, model).items()} == ours
+    assert {k: tuple(v.shape) for k, v in filtered(theirs, model).items()} == ours
     back = {k: tuple(v.shape) for k, v in to_authors(model.state_dict()).items()}
     assert back == {k: tuple(v.shape) for k, v in theirs.items()}
     assert authors_key('stages.2.blocks.7.norm1.bias') in back or variant == 'vvt_tiny'
 
 
-def test_projections_are_fused_in_order():
-    """Queries first, then keys, then values: shapes alone would not tell."""
-    model = VicinityVisionTransformer(embed_dims=(8,), depths=(1,), num_heads=(2,), mlp_ratios=(1.,), num_classes=0)
-    state = to_authors(model.state_dict())
-    for i, name in enumerate('qkv'):
-        for kind in ('weight', 'bias'):
-            state[f'block1.0.attn.{name}_proj.{kind}'] = torch.full_like(
-                state[f'block1.0.attn.{name}_proj.{kind}'], i)
-    loaded = checkpoint_filter_fn(state, model)
-    for kind in ('weight', 'bias'):
-        chunks = loaded[f'stages.0.blocks.0.attn.qkv.{kind}'].chunk(3)
-        assert [c.unique().tolist() for c in chunks] == [[0.], [1.], [2.]]
-
-
-@pytest.mark.parametrize('name, total, backbone, classes_100, tensors', [
+@pytest.mark.parametrize(('name', 'total', 'backbone', 'classes_100', 'tensors'), [
     ('vvt_tiny', 12_882_440, 12_369_440, 12_420_740, 186),
     ('vvt_small', 25_492_264, 24_979_264, 25_030_564, 386),
     ('vvt_medium', 47_907_304, 47_394_304, 47_445_604, 746),
     ('vvt_large', 61_848_520, 61_335_520, 61_386_820, 986),
 ])
 def test_parameters(name: str, total: int, backbone: int, classes_100: int, tensors: int):
-    model = copy.deepcopy(default(name))
+    model = copy.deepcopy(on_meta(name))
     assert not list(model.buffers())
     assert len(to_authors(model.state_dict())) == tensors
     for classes, expected in ((1000, total), (0, backbone), (100, classes_100)):
         model.reset_classifier(classes)
-        assert sum(p.numel() for p in model.parameters()) == expected
+        assert numel(model) == expected
 
 
 # operations
-
-def count_macs(model: nn.Module, H: int, W: int, batch: int = 1) -> int:
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(batch, model.in_chans, H, W, device='meta'))
-    assert counter.get_total_flops() % 2 == 0
-    return counter.get_total_flops() // 2
-
 
 def closed_form(model: nn.Module, H: int, W: int, separable_from: float = math.inf) -> dict:
     """Multiply-accumulates from shapes, the attention's denominators apart.
@@ -241,7 +211,7 @@ def closed_form(model: nn.Module, H: int, W: int, separable_from: float = math.i
     return dict(total=total, denominators=denominators)
 
 
-@pytest.mark.parametrize('name, size, expected', [
+@pytest.mark.parametrize(('name', 'size', 'expected'), [
     ('vvt_tiny', 224, 2_984_570_880), ('vvt_tiny', 384, 8_766_894_080),
     ('vvt_small', 224, 5_586_166_784), ('vvt_small', 384, 16_408_469_504),
     ('vvt_medium', 224, 9_387_674_624), ('vvt_medium', 384, 27_573_100_544),
@@ -256,9 +226,9 @@ def test_operations(name: str, size: int, expected: int):
         assert count_macs(model, size, size) == form['total'] + form['denominators']
 
 
-@pytest.mark.parametrize(
-    'impl, separable_from', [('features', math.inf), ('separable', 0), ('auto', SEPARABLE_FROM)])
-@pytest.mark.parametrize('H, W', [(128, 160), (75, 101)])
+@pytest.mark.parametrize(('impl', 'separable_from'), [
+    ('features', math.inf), ('separable', 0), ('auto', SEPARABLE_FROM)])
+@pytest.mark.parametrize(('H', 'W'), [(128, 160), (75, 101)])
 def test_operations_of_each_form(impl: str, separable_from: float, H: int, W: int):
     for name, options in (('vvt_tiny', {}), ('vvt_nano', dict(fpc_reduction=4))):
         model = create(name, attn_kwargs=dict(impl=impl, **options))
@@ -266,12 +236,10 @@ def test_operations_of_each_form(impl: str, separable_from: float, H: int, W: in
         assert count_macs(model, H, W) == sum(form.values())
 
 
-def test_operations_are_linear_in_the_batch():
+def test_operations_are_linear():
+    """In images, and in pixels but for the gate of each image."""
     model = create('vvt_nano')
     assert count_macs(model, 40, 24, batch=3) == 3 * count_macs(model, 40, 24)
-
-
-def test_operations_are_linear_in_pixels():
     model = create('vvt_tiny', num_classes=0, attn_kwargs=dict(impl='features'))
     fpc = sum(2 * b.attn.fpc.fc1.weight.numel() for s in model.stages for b in s.blocks)
     counts = [count_macs(model, n, n) for n in (256, 512)]
@@ -285,7 +253,7 @@ def drop_rates(model: nn.Module, branch: int) -> list:
         getattr(getattr(b, f'drop_path{branch}'), 'drop_prob', 0.) for stage in model.stages for b in stage.blocks]
 
 
-@pytest.mark.parametrize('name, rate', [('vvt_tiny', .1), ('vvt_small', .3)])
+@pytest.mark.parametrize(('name', 'rate'), [('vvt_tiny', .1), ('vvt_small', .3)])
 def test_drop_path_schedule(name: str, rate: float):
     expected = vvt_facts()['drop_path_schedule_example'][name]
     model = create(name, drop_path_rate=rate)
@@ -296,48 +264,23 @@ def test_drop_path_schedule(name: str, rate: float):
 
 def test_norm_eps(variant: str):
     """1e-5 in the patch embeddings, 1e-6 everywhere else."""
-    eps = {name: m.eps for name, m in default(variant).named_modules() if isinstance(m, nn.LayerNorm)}
+    eps = {name: m.eps for name, m in on_meta(variant).named_modules() if isinstance(m, nn.LayerNorm)}
     for name, value in eps.items():
         assert value == (1e-5 if 'patch_embed' in name or 'downsample' in name else 1e-6), name
     assert sum(v == 1e-5 for v in eps.values()) == 4
 
 
-def check_initialisation(model: nn.Module) -> None:
-    """Mean and standard deviation of every weight within 5 standard errors."""
-    modules = dict(model.named_modules())
-    for name, p in model.named_parameters():
-        module, kind = modules[name.rpartition('.')[0]], name.rpartition('.')[2]
-        assert torch.isfinite(p).all(), name
-        if kind == 'bias':
-            assert p.eq(0).all(), name
-        elif isinstance(module, nn.LayerNorm):
-            assert p.eq(1).all(), name
-        else:
-            std = .02
-            if isinstance(module, nn.Conv2d):
-                fan_out = module.kernel_size[0] * module.kernel_size[1] * module.out_channels // module.groups
-                std = math.sqrt(2 / fan_out)
-            n = p.numel()
-            assert abs(p.mean().item()) < 5 * std / math.sqrt(n), name
-            assert abs(p.std().item() - std) < 5 * std / math.sqrt(2 * n), name
-
-
-def test_initialisation():
+@pytest.mark.parametrize('late', [False, True])
+def test_initialisation(late: bool):
     torch.manual_seed(0)
-    check_initialisation(timm.create_model('vvt_nano'))
-    model = timm.create_model('vvt_tiny', depths=(1, 1, 1, 1))
-    check_initialisation(model)
+    for name, kwargs in (('vvt_nano', {}), ('vvt_tiny', dict(depths=(1, 1, 1, 1)))):
+        model = timm.create_model(name, device='meta' if late else 'cpu', **kwargs)
+        if late:
+            model = blank(model)
+            model.init_weights(needs_reset=True)
+        check_initialisation(model)
     assert model.patch_embed.proj.weight.std().item() == pytest.approx(.0206, rel=.05)
     assert model.stages[0].blocks[0].mlp.dwconv.weight.std().item() == pytest.approx(.471, rel=.05)
-
-
-def test_initialisation_after_to_empty():
-    torch.manual_seed(0)
-    model = timm.create_model('vvt_nano', device='meta').to_empty(device='cpu')
-    for p in model.parameters():
-        nn.init.constant_(p.data, math.nan)
-    model.init_weights(needs_reset=True)
-    check_initialisation(model)
 
 
 @pytest.mark.parametrize('dtype', [torch.bfloat16, torch.float16])
@@ -356,14 +299,14 @@ def test_initialisation_in_half_precision(dtype: torch.dtype):
 
 def test_nano():
     model = timm.create_model('vvt_nano')
-    assert 1_000_000 < sum(p.numel() for p in model.parameters()) < 2_000_000
-    _, maps = model.forward_intermediates(torch.randn(1, 3, 32, 32))
+    assert 1_000_000 < numel(model) < 2_000_000
+    _, maps = model.forward_intermediates(images(1, 3, 32, 32))
     assert [tuple(m.shape[2:]) for m in maps] == [(16, 16), (8, 8), (4, 4), (2, 2)]
     assert [f['reduction'] for f in model.feature_info] == [2, 4, 8, 16]
 
 
 def test_documented_defaults(variant: str):
-    cfg = default(variant).pretrained_cfg
+    cfg = on_meta(variant).pretrained_cfg
     assert cfg['num_classes'] == 1000 and cfg['input_size'] == (3, 224, 224) and cfg['crop_pct'] == .875
     assert cfg['mean'] == (0.485, 0.456, 0.406) and cfg['std'] == (0.229, 0.224, 0.225)
     assert cfg['interpolation'] == 'bicubic' and cfg['license'] == 'apache-2.0' and not cfg['fixed_input_size']

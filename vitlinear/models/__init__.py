@@ -1,17 +1,14 @@
 """The backbones: one file per family. Importing this package registers them with timm."""
 from ._castling import CastlingSchedule
-from .castling_vit import (
-    CastlingLevit,
-    CastlingLevitDistilled,
-    CastlingMultiScaleVit,
-    CastlingPyramid,
-    CastlingVisionTransformer,
-    CastlingVisionTransformerDistilled,
-)
+from .castling_deit import CastlingVisionTransformer, CastlingVisionTransformerDistilled
+from .castling_levit import CastlingLevit, CastlingLevitDistilled
+from .castling_mvitv2 import CastlingMultiScaleVit
+from .castling_pvt_v2 import CastlingPyramid
 from .gkvit import GraphKernelVisionTransformer
 from .qna_vit import QnAVisionTransformer
 from .vvt import VicinityVisionTransformer
-from .xvit import XNormPyramid, XNormVisionTransformer
+from .xvit import XNormVisionTransformer
+from .xvit_pyramid import XNormPyramid
 
 __all__ = [
     'CastlingLevit',

@@ -1,24 +1,31 @@
-"""The switch of Castling models from training to inference: the auxiliary branch, measured, ramped down and removed.
+"""What the Castling models of all backbones share: the auxiliary branch and its end, layers, checkpoints, cfg.
 
-The method is that of arXiv 2211.10526, which only says that the branch fades; the relative threshold, the ramp and the
-checks are ours.
+Documented in arXiv 2211.10526: the branch, a softmax of large weights alone, which fades while a model trains and is
+gone at inference. Ours: that the threshold is relative to the number of keys, the ramp, and the checks of the switch.
 """
+import logging
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Callable, Dict, Iterable, Iterator, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import torch
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import to_2tuple
 from torch import nn
 
 from ..layers.linear_angular import LinearAngular, check_aux_mode
 from ._pyramid import reparameterize
+from ._weights import fit, unwrap
 
-# On a device that works asynchronously, how many training steps pass between two looks at whether the ramp is over.
-CHECK_INTERVAL = 100
+_logger = logging.getLogger(__name__)
+
+# Training steps between two looks at whether the ramp is over, on devices for which a look is a wait.
+_STEPS_BETWEEN_LOOKS = 100
 # Constructor arguments that belong to a training, not to the model that it leaves.
 SCHEDULE_ARGUMENTS = ('castling_steps', 'castling_ramp')
 
 
-def check_ramp(ramp: Sequence[float]) -> Tuple[float, float]:
+def check_ramp(ramp: Sequence[float]) -> tuple[float, float]:
     start, end = ramp
     if not 0. <= start < end <= 1.:
         raise ValueError(f'ramp={tuple(ramp)} must be two rising shares of the training, in [0, 1].')
@@ -45,17 +52,19 @@ class Castling:
     """Mixin of models around `LinearAngular` layers."""
 
     castling_step: torch.Tensor
+    # Forward passes in training mode between which the ramp rises, None without a schedule of the model's own.
+    _castling_range: tuple[float, float] | None = None
 
-    def castling_layers(self) -> Dict[str, LinearAngular]:
+    def castling_layers(self) -> dict[str, LinearAngular]:
         """The layers with an auxiliary branch, by name."""
         return {name: m for name, m in self.named_modules() if isinstance(m, LinearAngular) and m.aux is not None}
 
     def set_castling(
             self,
-            mode: Optional[str] = None,
-            threshold: Optional[float] = None,
-            weight: Optional[float] = None,
-            ramp: Optional[float] = None,
+            mode: str | None = None,
+            threshold: float | None = None,
+            weight: float | None = None,
+            ramp: float | None = None,
     ) -> None:
         """Set the auxiliary branch of all layers; None leaves a setting as it is.
 
@@ -81,7 +90,7 @@ class Castling:
                 if value is not None:
                     buffer.fill_(value)
 
-    def castling_stats(self, batches: Union[torch.Tensor, Iterable[Any]]) -> Dict[str, Dict[str, float]]:
+    def castling_stats(self, batches: torch.Tensor | Iterable[Any]) -> dict[str, dict[str, float]]:
         """What the auxiliary branch does in each layer, with the thresholds and weights now in force.
 
         The branch is on while it is measured, whatever its mode, so that each layer gets what it gets in training.
@@ -98,10 +107,10 @@ class Castling:
         """
         self._follow_schedule()  # a loaded state dict or a moving average brings the count alone
         layers = self.castling_layers()
-        sums: Dict[str, Dict[str, float]] = {name: {} for name in layers}
-        handles: List[Any] = []
+        sums: dict[str, dict[str, float]] = {name: {} for name in layers}
+        handles: list[Any] = []
 
-        def add(name: str, stats: Dict[str, float]) -> None:
+        def add(name: str, stats: dict[str, float]) -> None:
             for k, v in stats.items():
                 sums[name][k] = sums[name].get(k, 0.) + v
 
@@ -109,7 +118,7 @@ class Castling:
             return lambda aux, args: add(name, aux.stats(*args))
 
         def measure_gap(name: str) -> Callable[..., None]:
-            def hook(layer: LinearAngular, args: Tuple[Any, ...], out: Any) -> None:
+            def hook(layer: LinearAngular, args: tuple[Any, ...], out: Any) -> None:
                 layer.aux.mode = 'off'
                 without = _tensor(layer.forward(*args))
                 layer.aux.mode = 'always'
@@ -135,7 +144,7 @@ class Castling:
             raise ValueError('castling_stats needs at least one batch of images.')
         return {name: {k: v / count for k, v in stats.items()} for name, stats in sums.items()}
 
-    def switch_to_inference(self, sample: Optional[torch.Tensor] = None, tol: float = 0.) -> 'Castling':
+    def switch_to_inference(self, sample: torch.Tensor | None = None, tol: float = 0.) -> 'Castling':
         """Remove the auxiliary branch for good. Parameters and their names stay.
 
         Args:
@@ -180,8 +189,9 @@ class Castling:
     def schedule_castling(self, steps: int, ramp: Sequence[float] = (.1, .7)) -> None:
         """Let the model advance the ramp by itself, by the number of its forward passes in training mode.
 
-        The number is kept in the state dict as `castling_step`, so that a resumed training goes on where it stopped;
-        a model without a schedule loads such a state dict and leaves the number out.
+        For training loops that cannot be changed, such as timm's train.py; others take a `CastlingSchedule`. The number
+        is kept in the state dict as `castling_step`, so that a resumed training goes on where it stopped; a model
+        without a schedule loads such a state dict and leaves the number out.
 
         Args:
             steps: Forward passes of the whole training; with gradients accumulated over n passes, n times the updates.
@@ -192,17 +202,30 @@ class Castling:
         """
         if steps < 1:
             raise ValueError(f'castling_steps={steps} must be positive.')
+        start, end = check_ramp(ramp)
         self._end_schedule()
-        self._castling_range = [share * steps for share in check_ramp(ramp)]
+        self._castling_range = start * steps, end * steps
         self._castling_calls = 0
         device = next(self.parameters()).device
         self.register_buffer('castling_step', torch.zeros((), dtype=torch.long, device=device))
         self._castling_hook = self.register_forward_pre_hook(_advance)
         self.set_castling(mode='train')
 
-    def _follow_schedule(self) -> Optional[torch.Tensor]:
+    def _schedule_from_arguments(self, castling_steps: int, castling_ramp: Sequence[float]) -> None:
+        """What the arguments `castling_steps`, 0 for no schedule, and `castling_ramp` of a constructor ask for."""
+        check_ramp(castling_ramp)
+        if castling_steps != 0:
+            self.schedule_castling(castling_steps, castling_ramp)
+
+    def _end_schedule(self) -> None:
+        if self._castling_range is not None:
+            self._castling_hook.remove()
+            self._castling_range = None
+            del self.castling_step
+
+    def _follow_schedule(self) -> torch.Tensor | None:
         """Set the ramp for the forward pass to come, by the count so far. None without a schedule."""
-        if getattr(self, '_castling_range', None) is None:
+        if self._castling_range is None:
             return None
         start, end = self._castling_range
         ramp = ((self.castling_step - start) / (end - start)).clamp(0., 1.)
@@ -210,24 +233,18 @@ class Castling:
             layer.aux.ramp.copy_(ramp)
         return ramp
 
-    def _reset_schedule(self) -> None:
-        if getattr(self, '_castling_range', None) is not None:
-            self.castling_step.zero_()
-
     def init_weights(self, *args: Any, **kwargs: Any) -> None:
         """Initialise all weights; arguments as for the backbone. A schedule begins again."""
         super().init_weights(*args, **kwargs)
-        self._reset_schedule()
+        self._restart_schedule()
 
-    def _end_schedule(self) -> None:
-        if getattr(self, '_castling_range', None) is not None:
-            self._castling_hook.remove()
-            self._castling_range = None
-            del self.castling_step
+    def _restart_schedule(self) -> None:
+        if self._castling_range is not None:
+            self.castling_step.zero_()
 
-    def _load_from_state_dict(self, state_dict: Dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
         key = prefix + 'castling_step'
-        if getattr(self, '_castling_range', None) is None:
+        if self._castling_range is None:
             state_dict.pop(key, None)
         elif key not in state_dict:
             state_dict[key] = torch.zeros_like(self.castling_step)  # weights to start from
@@ -247,7 +264,7 @@ def _advance(model: nn.Module, args: Any) -> None:
     if torch.compiler.is_compiling():
         return
     model._castling_calls += 1
-    if model.castling_step.device.type == 'cpu' or model._castling_calls % CHECK_INTERVAL == 0:
+    if model.castling_step.device.type == 'cpu' or model._castling_calls % _STEPS_BETWEEN_LOOKS == 0:
         # at the end of the ramp the branch adds exactly nothing, so it need not be computed any more
         model.set_castling(mode='off' if ramp == 1. else 'train')
 
@@ -269,7 +286,7 @@ class CastlingSchedule:
             model: nn.Module,
             total_steps: int,
             ramp: Sequence[float] = (.1, .7),
-            kappa: Optional[float] = None,
+            kappa: float | None = None,
     ):
         """
         Args:
@@ -283,7 +300,7 @@ class CastlingSchedule:
         """
         if not isinstance(model, Castling) or not model.castling_layers():
             raise ValueError(f'{type(model).__name__} has no layers with an auxiliary branch.')
-        if getattr(model, '_castling_range', None) is not None:
+        if model._castling_range is not None:
             raise ValueError('The model advances a ramp by itself already, see castling_steps.')
         if total_steps < 1:
             raise ValueError(f'total_steps={total_steps} must be positive.')
@@ -298,9 +315,106 @@ class CastlingSchedule:
         self.steps = -1
         self.step()
 
-    def step(self, steps: Optional[int] = None) -> None:
+    def step(self, steps: int | None = None) -> None:
         """Advance to the next update, or to that after `steps` updates, as to resume a training."""
         self.steps = self.steps + 1 if steps is None else steps
         start, end = (share * self.total_steps for share in self.ramp)
         ramp = min(max((self.steps - start) / (end - start), 0.), 1.)
         self.model.set_castling(mode='off' if ramp == 1. else 'train', ramp=ramp)
+
+
+class LayerFactory:
+    """Arguments of the linear-angular layers of a model, layer by layer, from those of its constructor."""
+
+    def __init__(
+            self,
+            img_size: int | tuple[int, int],
+            softmax_below: int,
+            scale_with_size: bool,
+            attn_kwargs: dict[str, Any] | None,
+    ):
+        """
+        Args:
+            img_size: Image size of the training.
+            softmax_below: Keep softmax attention, which is cheaper there, in layers with at most this number of keys
+                at `img_size`.
+            scale_with_size: Have layers weigh their parts at other image sizes as at `img_size`, see `LinearAngular`.
+            attn_kwargs: Further arguments of `LinearAngular`, such as `dict(conv='2d', aux_mode='train')`.
+
+        Raises:
+            ValueError: A value is out of range.
+        """
+        if softmax_below < 0:
+            raise ValueError(f'softmax_below={softmax_below} must not be negative.')
+        self.img_size = to_2tuple(img_size)
+        if min(self.img_size) < 1:
+            raise ValueError(f'img_size={img_size} must be positive.')
+        self.softmax_below = softmax_below
+        self.scale_with_size = scale_with_size
+        self.attn_kwargs = {'aux_kappa': 2., **(attn_kwargs or {})}
+
+    def __call__(self, reduction: int, prefix_tokens: int = 0) -> dict[str, Any]:
+        """Arguments of a layer whose keys are on the grid of this reduction."""
+        H, W = (-(-side // reduction) for side in self.img_size)
+        tokens = H * W + prefix_tokens
+        ref_keys = tokens if self.scale_with_size else None
+        return dict(self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=ref_keys)
+
+
+def is_of_host(state_dict: dict[str, Any], model: nn.Module) -> bool:
+    """Whether `checkpoint_filter_fn` takes weights for those of the backbone with softmax attention."""
+    return any('.dconv.' in k for k in model.state_dict()) and not any('.dconv.' in k for k in unwrap(state_dict))
+
+
+def filter_checkpoint(
+        state_dict: dict[str, torch.Tensor],
+        model: nn.Module,
+        from_host: Callable[[dict[str, torch.Tensor], nn.Module], dict[str, torch.Tensor]],
+        stem: str = 'patch_embed.proj',
+) -> dict[str, torch.Tensor]:
+    """Take a state dict of ours unchanged, or one of the same backbone with softmax attention to start training from.
+
+    The latter has no convolutions of the values: the model keeps its own. What only softmax attention uses is left out.
+    A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
+
+    Args:
+        state_dict: Weights or a container of them.
+        model: The model to load them into.
+        from_host: Brings weights of the backbone with softmax attention under our names.
+        stem: Name of the first convolution.
+
+    Raises:
+        ValueError: The weights belong to another architecture or another variant, or some are missing.
+    """
+    # a schedule counts the steps of its own training, see `Castling.schedule_castling`
+    state_dict = {k: v for k, v in unwrap(state_dict).items() if k != 'castling_step'}
+    ours = model.state_dict()
+    step = {k: v for k, v in ours.items() if k == 'castling_step'}
+    own = {k: v for k, v in ours.items() if '.dconv.' in k}
+    if not any('.dconv.' in k for k in state_dict):
+        state_dict = from_host(state_dict, model)
+        if own and f'{stem}.weight' in state_dict:
+            _logger.warning('The checkpoint is of a model with softmax attention: its weights are a start for '
+                            'training, outputs before that have no meaning.')
+        state_dict = {**own, **state_dict}
+    return fit({**state_dict, **step}, model, stem=stem)
+
+
+def castling_cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': None,
+        'crop_pct': 0.9,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': 'https://github.com/GATECH-EIC/Castling-ViT',
+        'paper_ids': 'arXiv:2211.10526',
+        'paper_name': 'Castling-ViT',
+        **kwargs,
+    }

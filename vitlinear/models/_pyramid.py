@@ -6,14 +6,12 @@ channels-last memory, so neither norms nor convolutions copy.
 """
 import math
 from contextlib import contextmanager
-from copy import deepcopy
 from functools import partial
 from typing import Any, Callable, Dict, Iterator, List, Optional, Sequence, Set, Tuple, Type, Union
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
-from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from timm.layers import DropPath, Mlp as _Mlp, calculate_drop_path_rates, get_device_dtype, to_ntuple
 
@@ -31,6 +29,7 @@ from ..ops._common import (
     pointwise,
     use_bands,
 )
+from ..layers._fold import wide_dtype
 from ..layers.qna import FoldedQnAAttention
 
 # Bytes of hidden channels that the MLP evaluates at a time in inference: about the size of the caches of two cores.
@@ -446,18 +445,6 @@ def init_module(m: nn.Module, needs_reset: bool = True) -> None:
         m.reset_parameters()
 
 
-def _wide(device: torch.device) -> torch.dtype:
-    """What weights are folded in."""
-    return torch.float32 if device.type == 'mps' else torch.float64
-
-
-def fold_batch_norm(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
-    """A convolution that does what `conv` and then `norm` do in evaluation mode, folded in float64."""
-    weight = conv.weight
-    wide = [deepcopy(m).to(_wide(weight.device)).eval() for m in (conv, norm)]
-    return fuse_conv_bn_eval(*wide).to(weight.dtype).requires_grad_(weight.requires_grad)
-
-
 @contextmanager
 def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
     before = torch.get_default_dtype()
@@ -474,7 +461,7 @@ def _fuse_in_float64(layer: nn.Module, hook: str) -> nn.Module:
     if like is None:
         out = getattr(layer, hook)()
         return out if hook == 'fuse' else layer
-    device, dtype, wide = like.device, like.dtype, _wide(like.device)
+    device, dtype, wide = like.device, like.dtype, wide_dtype(like.device)
     with _default_dtype(wide):
         out = getattr(layer.to(wide), hook)()
     return (out if hook == 'fuse' else layer).to(device, dtype)

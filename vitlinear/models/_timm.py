@@ -4,13 +4,10 @@ timm may rename what starts with an underscore: this is the only file such a ren
 """
 import json
 import os
+from collections.abc import Callable
 from dataclasses import fields
-from functools import lru_cache
 from pathlib import Path
-from typing import Any, Callable, Dict, Optional, Tuple, Type, Union
-
-import torch
-from torch import nn
+from typing import Any
 
 from timm.models import (
     build_model_with_cfg,
@@ -25,6 +22,7 @@ from timm.models._features import feature_take_indices
 from timm.models._hub import hf_split
 from timm.models._input import update_model_input_size
 from timm.models._pretrained import PretrainedCfg
+from torch import nn
 
 from ..zoo._flax import is_flax, read_flax
 from ..zoo.hub import HubError, check_file, download, download_weights, hub_org, weights_repo
@@ -41,7 +39,7 @@ __all__ = [
 ]
 
 
-def read_weights(path: Union[str, os.PathLike], use_ema: bool = True) -> Dict[str, Any]:
+def read_weights(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Any]:
     """Read a checkpoint file without running anything stored in it, or say what is wrong with it.
 
     Args:
@@ -86,7 +84,7 @@ def _no_weights_message(variant: str, tag: str) -> str:
           f"with timm.create_model('{variant}', pretrained=True, pretrained_cfg_overlay=dict(file='checkpoint.pth')).")
 
 
-def _config_overlay(variant: str, path: Path, repo_id: str) -> Dict[str, Any]:
+def _config_overlay(variant: str, path: Path, repo_id: str) -> dict[str, Any]:
     """What the config.json of a repository says for the pretrained cfg of a model."""
     try:
         config = json.loads(path.read_text(encoding='utf-8'))
@@ -96,16 +94,16 @@ def _config_overlay(variant: str, path: Path, repo_id: str) -> Dict[str, Any]:
         raise HubError(f"config.json of '{repo_id}' is no config of a timm model ({type(e).__name__}: {e}).") from e
     if architecture != variant:
         raise HubError(f"'{repo_id}' holds weights of {architecture}, not of {variant}.")
-    known = {f.name for f in fields(PretrainedCfg)}
-    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in known and k != 'architecture'}
+    names = {f.name for f in fields(PretrainedCfg)} - {'architecture'}
+    return {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items() if k in names}
 
 
 def _locate(
         variant: str,
-        pretrained_cfg: Optional[Any],
-        overlay: Dict[str, Any],
-        cache_dir: Optional[Union[str, os.PathLike]],
-) -> Tuple[Optional[Path], Dict[str, Any]]:
+        pretrained_cfg: Any | None,
+        overlay: dict[str, Any],
+        cache_dir: str | os.PathLike | None,
+) -> tuple[Path | None, dict[str, Any]]:
     """Find, download and check the weights of a model.
 
     Returns:
@@ -138,11 +136,11 @@ def _locate(
             repo = None  # the package carries what that repository has
     if repo:
         repo_id, revision = repo
-        told = {}
+        config = {}
         if not record:
-            told = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
+            config = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
         path = download_weights(repo_id, revision, record, cache_dir=cache_dir)
-        return path, {**told, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
+        return path, {**config, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
     if not cfg.has_weights:
         raise ValueError(_no_weights_message(variant, cfg.tag or ''))
     if cfg.file:
@@ -155,25 +153,13 @@ def _locate(
     return None, {}
 
 
-@lru_cache(maxsize=None)
-def _keep_freed_memory() -> None:
-    """Have glibc keep up to 64 MiB of freed memory for the layers to come; once per process.
-
-    It hands memory back to the kernel, which clears it anew for the next layer, from twice the size of the largest
-    block of up to 32 MiB that was freed so far (mallopt(3)). One such block raises that for good, and costs nothing, as
-    it is never written to. Measured on two cores: gkvit_nano takes 0.71 of the time for 128 images of 32 x 32. A bound
-    that the user sets (MALLOC_TRIM_THRESHOLD_) stays as it is, and so do other allocators.
-    """
-    torch.empty(2 ** 25 - 2 ** 16, dtype=torch.uint8, device='cpu')
-
-
 def build_model(
-        model_cls: Type[nn.Module],
+        model_cls: type[nn.Module],
         variant: str,
         pretrained: bool = False,
-        pretrained_filter_fn: Optional[Callable] = None,
-        pretrained_cfg: Optional[Any] = None,
-        pretrained_cfg_overlay: Optional[Dict[str, Any]] = None,
+        pretrained_filter_fn: Callable | None = None,
+        pretrained_cfg: Any | None = None,
+        pretrained_cfg_overlay: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, checking the weights, with errors that say what to do about missing or wrong ones.
@@ -187,12 +173,11 @@ def build_model(
         HubError: `pretrained` is set and the weights cannot be had from the Hub.
         IntegrityError: `pretrained` is set and the weights are not the published ones.
     """
-    _keep_freed_memory()
     overlay = dict(pretrained_cfg_overlay or {})
     source = path = None
     if pretrained:
-        path, told = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
-        overlay.update({k: v for k, v in told.items() if overlay.get(k) is None})
+        path, located = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
+        overlay.update({k: v for k, v in located.items() if overlay.get(k) is None})
         if path is not None:
             # handed over as a state dict, which timm looks for only where no source is named
             source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).source

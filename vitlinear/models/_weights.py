@@ -1,7 +1,8 @@
 """What the checkpoint filters of all families do: unwrap a file's containers and see whether it fits the model."""
 import logging
 import re
-from typing import Any, Dict, Iterable, Tuple
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
@@ -9,7 +10,7 @@ from torch import nn
 _logger = logging.getLogger(__name__)
 
 
-def unwrap(state_dict: Dict[str, Any]) -> Dict[str, Any]:
+def unwrap(state_dict: dict[str, Any]) -> dict[str, Any]:
     """Take the weights out of `{'model': ...}` or `{'state_dict': ...}`, and 'module.' off their names."""
     for key in ('model', 'state_dict'):
         if isinstance(state_dict.get(key), dict):
@@ -17,13 +18,13 @@ def unwrap(state_dict: Dict[str, Any]) -> Dict[str, Any]:
     return {k[len('module.'):] if k.startswith('module.') else k: v for k, v in state_dict.items()}
 
 
-def not_a_checkpoint_of(state_dict: Dict[str, Any], model: nn.Module) -> ValueError:
+def not_a_checkpoint_of(state_dict: dict[str, Any], model: nn.Module) -> ValueError:
     return ValueError(
         f'The checkpoint holds no {type(model).__name__} weights; '
         f"its first entries are {', '.join(list(state_dict)[:3]) or 'none'}.")
 
 
-def _depths(keys: Iterable[str]) -> Dict[int, int]:
+def _depths(keys: Iterable[str]) -> dict[int, int]:
     """Blocks per stage, counted in state dict keys; a model without stages counts as one."""
     matches = (re.match(r'(?:stages\.(\d+)\.)?blocks\.(\d+)\.', k) for k in keys)
     found = [(int(m[1] or 0), int(m[2])) for m in matches if m]
@@ -31,11 +32,11 @@ def _depths(keys: Iterable[str]) -> Dict[int, int]:
 
 
 def fit(
-        state_dict: Dict[str, torch.Tensor],
+        state_dict: dict[str, torch.Tensor],
         model: nn.Module,
         stem: str = 'patch_embed.proj',
-        heads: Tuple[str, ...] = ('head.', 'head_dist.'),
-) -> Dict[str, torch.Tensor]:
+        heads: tuple[str, ...] = ('head.', 'head_dist.'),
+) -> dict[str, torch.Tensor]:
     """See that a state dict in our names is one of the model's architecture, and fit its classifier to the model.
 
     A classifier for another number of classes is replaced by the model's own, with a warning. The stem may differ in

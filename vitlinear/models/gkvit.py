@@ -17,17 +17,17 @@ authors' models or results.
   year={2022}
 }
 """
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from ._timm import build_model
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
+from ._timm import build_model
 from ._weights import fit, unwrap
 
 __all__ = ['GraphKernelVisionTransformer']
@@ -43,10 +43,10 @@ class GraphKernelVisionTransformer(Pyramid):
             self,
             embed_dims: Sequence[int] = (64, 128, 320, 512),
             depths: Sequence[int] = (2, 2, 2, 2),
-            num_heads: Union[int, Sequence[int]] = (2, 4, 10, 16),
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'random_walk',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            num_heads: int | Sequence[int] = (2, 4, 10, 16),
+            mlp_ratios: float | Sequence[float] = 4.,
+            attn_layer: str | Callable[..., nn.Module] = 'random_walk',
+            attn_kwargs: dict[str, Any] | None = None,
             **kwargs: Any,
     ):
         """
@@ -71,7 +71,7 @@ class GraphKernelVisionTransformer(Pyramid):
         )
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, or a container of one; the authors published none.
 
     A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
@@ -98,7 +98,7 @@ def _create_gkvit(variant: str, pretrained: bool = False, **kwargs: Any) -> Grap
     )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),

@@ -15,17 +15,17 @@ load as they are. vvt_tiny, small, medium and large are the published variants; 
 }
 """
 import re
-from typing import Any, Callable, Dict, Optional, Sequence, Union
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
-from ._timm import build_model
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
+from ._timm import build_model
 from ._weights import fit, unwrap
 
 __all__ = ['VicinityVisionTransformer']
@@ -41,10 +41,10 @@ class VicinityVisionTransformer(Pyramid):
             self,
             embed_dims: Sequence[int] = (96, 160, 320, 512),
             depths: Sequence[int] = (2, 2, 2, 2),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 5, 8),
-            mlp_ratios: Union[float, Sequence[float]] = (8., 8., 4., 4.),
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'vicinity',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            num_heads: int | Sequence[int] = (1, 2, 5, 8),
+            mlp_ratios: float | Sequence[float] = (8., 8., 4., 4.),
+            attn_layer: str | Callable[..., nn.Module] = 'vicinity',
+            attn_kwargs: dict[str, Any] | None = None,
             fpc_reduction: int = 1,
             **kwargs: Any,
     ):
@@ -72,7 +72,7 @@ class VicinityVisionTransformer(Pyramid):
         )
 
 
-def _remap(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def _remap(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Key names of the authors' code to ours; queries, keys and values become one projection."""
     out = {}
     for k, v in state_dict.items():
@@ -91,7 +91,7 @@ def _remap(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return out
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of the authors' code, or one of ours unchanged.
 
     The authors' containers (`{'model': ...}`, keys that start with 'module.') are unwrapped. A classifier for another
@@ -122,7 +122,7 @@ def _create_vvt(variant: str, pretrained: bool = False, **kwargs: Any) -> Vicini
     )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),

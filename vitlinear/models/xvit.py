@@ -7,17 +7,17 @@ Two l2 norms take the place of the softmax, which makes attention linear in pixe
 stride 16; they are UFO-ViT (arXiv 2109.14382) under its later name, and no relation of the video model and of the Flax
 model that are also called X-ViT.
 
-The authors have released neither code nor weights, and this is a reconstruction, not a reproduction. Documented: the
-operator and its axes, class attention with the same operator, a stem and local layers of convolutions, pointwise MLPs.
-Inherited from XCiT, CaiT and DeiT, on which the paper builds: the order of the layers, layer scale, two class attention
-blocks, the stem's channels, heads, initial values. Widths and depths of xvit_tiny, small, medium and base are those of
-UFO-ViT recalled from memory, since the tables could not be read; with them, parameters come within 0.5 % of the numbers
-recalled, those of tiny within 2.2 %. Whether X-ViT has other variants is not known. Learned scales for queries and for
-products of keys and values each, the grid of positions and drop path are ours. No accuracy of the paper could be
-checked, so none is given.
+A reconstruction, not a reproduction: the authors have released neither code nor weights, and no accuracy of the paper
+could be checked, so none is given.
 
-xvit_pyramid_nano, tiny, small and base are ours altogether: XNorm attention in a PVTv2-like pyramid, for feature maps
-at four strides.
+Documented in the paper: the operator and its axes, class attention with the same operator, a stem and local layers of
+convolutions, pointwise MLPs.
+Inherited from XCiT, CaiT and DeiT, on which the paper builds: the order of the layers, layer scale, two class attention
+blocks, the stem's channels, heads, initial values.
+From memory, since the tables could not be read: widths and depths of xvit_tiny, small, medium and base, those of
+UFO-ViT; with them, parameters come within 0.5 % of the numbers recalled, those of tiny within 2.2 %. Whether X-ViT has
+other variants is not known.
+Ours: learned scales for queries and for products of keys and values each, the grid of positions, drop path.
 
 @article{song2022xvit,
   title={X-ViT: High Performance Linear Vision Transformer without Softmax},
@@ -25,191 +25,44 @@ at four strides.
   journal={arXiv preprint arXiv:2205.13805}, year={2022}
 }
 """
-import math
+from collections.abc import Callable
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any
 
 import torch
-from torch import nn
-
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
-    DropPath,
-    LayerScale,
-    Mlp as TokenMlp,
     calculate_drop_path_rates,
-    get_device_dtype,
     resample_abs_pos_embed_nhwc,
     to_2tuple,
 )
 from timm.models import generate_default_cfgs, register_model
+from torch import nn
 
+from ..layers import XNormClassAttention, get_attention_layer
+from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
+from ..ops._common import InferenceCache, use_bands
+from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
+from ._pyramid import Mlp
 from ._timm import (
     build_model,
     checkpoint,
-    feature_take_indices,
     register_notrace_module,
     update_model_input_size,
 )
-from ..layers import XNormClassAttention, get_attention_layer
-from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
-from ..zoo.records import weights_cfg
-from ._pyramid import Mlp, Pyramid, check_input, fold_batch_norm, init_module
 from ._weights import fit, unwrap
 
-__all__ = ['XNormPyramid', 'XNormVisionTransformer']
+__all__ = ['XNormVisionTransformer']
 
 _STEM = 'patch_embed.0.conv'
 _norm_layer = partial(nn.LayerNorm, eps=1e-6)
 
-register_notrace_module(XNormClassAttention)
+for _layer in (XNormClassAttention, FourierPosition):  # the table of positions follows from the size of the map
+    register_notrace_module(_layer)
 
 
-class LocalPatchInteraction(nn.Module):
-    """Depthwise convolutions among neighbours, (B, H, W, C) to (B, H, W, C).
-
-    Two convolutions with GELU and batch norm between them, in the order of XCiT (arXiv 2106.09681). With one, norm and
-    GELU follow it, which comes closer to the recalled parameter counts but contradicts the text.
-    """
-
-    def __init__(self, dim: int, num_convs: int = 2, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.conv1 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=num_convs == 2, **dd)
-        self.act = nn.GELU()
-        self.norm = nn.BatchNorm2d(dim, **dd)
-        self.conv2 = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, **dd) if num_convs == 2 else None
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv1(x.permute(0, 3, 1, 2))
-        if self.conv2 is not None:
-            x = self.conv2(self.norm(self.act(x)))
-        else:
-            x = self.act(self.norm(x))
-        return x.permute(0, 2, 3, 1)
-
-    def fuse(self) -> 'LocalPatchInteraction':
-        """Fold the norm into the convolution before it; between two convolutions, GELU stands before the norm."""
-        if self.conv2 is None and type(self.norm) is nn.BatchNorm2d and not has_hooks(self.norm):
-            if is_plain(self.conv1, nn.Conv2d):
-                self.conv1 = fold_batch_norm(self.conv1, self.norm)
-                self.norm = nn.Identity()
-        return self
-
-
-class XNormBlock(nn.Module):
-    """Attention, local patch interaction and MLP on a (B, H, W, C) map, each pre-norm with layer scale."""
-
-    def __init__(
-            self,
-            dim: int,
-            attn: nn.Module,
-            mlp_ratio: float = 4.,
-            init_values: float = 1.,
-            lpi_convs: int = 2,
-            proj_drop: float = 0.,
-            drop_path: float = 0.,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = _norm_layer(dim, **dd)
-        self.attn = attn
-        self.ls1 = LayerScale(dim, init_values, **dd)
-        self.drop_path1 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm3 = _norm_layer(dim, **dd)
-        self.lpi = LocalPatchInteraction(dim, lpi_convs, **dd)
-        self.ls3 = LayerScale(dim, init_values, **dd)
-        self.drop_path3 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-        self.norm2 = _norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.attn(self.norm1(x))))
-        x = x + self.drop_path3(self.ls3(self.lpi(self.norm3(x))))
-        x = x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
-        return x
-
-
-class ClassBlock(nn.Module):
-    """Class attention and MLP of the class token, CaiT's block (arXiv 2103.17239) with XNorm."""
-
-    def __init__(
-            self,
-            dim: int,
-            num_heads: int,
-            mlp_ratio: float = 4.,
-            init_values: float = 1.,
-            proj_drop: float = 0.,
-            device=None,
-            dtype=None,
-            **attn_kwargs: Any,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.norm1 = _norm_layer(dim, **dd)
-        self.attn = XNormClassAttention(dim, num_heads, proj_drop=proj_drop, **attn_kwargs, **dd)
-        self.ls1 = LayerScale(dim, init_values, **dd)
-        self.norm2 = _norm_layer(dim, **dd)
-        self.mlp = TokenMlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
-        self.ls2 = LayerScale(dim, init_values, **dd)
-
-    def forward(self, token: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        """Class token (B, 1, C) and positions (B, N, C) to the class token."""
-        token = token + self.ls1(self.attn(self.norm1(torch.cat([token, x], dim=1))))
-        return token + self.ls2(self.mlp(self.norm2(token)))
-
-
-@register_notrace_module  # its table follows from the size of the map
-class FourierPosition(nn.Module):
-    """Sines and cosines of the row and the column, projected to the channels, for maps of any size.
-
-    Rows and columns count from 1, in parts of 2 pi over the whole side, as in DETR (arXiv 2005.12872) and XCiT.
-    """
-
-    def __init__(self, dim: int, num_freqs: int = 16, temperature: float = 10000., device=None, dtype=None):
-        super().__init__()
-        self.num_freqs = num_freqs
-        self.temperature = temperature
-        self.proj = nn.Linear(4 * num_freqs, dim, device=device, dtype=dtype)
-        self._cache = InferenceCache()
-
-    def _features(self, size: int, like: torch.Tensor) -> torch.Tensor:
-        """(size, 2 num_freqs), in float32."""
-        position = torch.arange(1, size + 1, device=like.device, dtype=torch.float32) * (2. * math.pi / size)
-        exponent = torch.arange(self.num_freqs, device=like.device, dtype=torch.float32) / self.num_freqs
-        angle = position.unsqueeze(1) * self.temperature ** -exponent
-        return torch.cat([angle.sin(), angle.cos()], dim=1)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Map (B, H, W, C) to the positions (1, H, W, C) to add to it."""
-        if not torch.jit.is_scripting():
-            if use_bands(x) and is_plain(self.proj) and not torch.is_autocast_enabled('cpu'):
-                return self._known_positions(x)
-        return self._positions(x)
-
-    @torch.jit.unused
-    def _known_positions(self, x: torch.Tensor) -> torch.Tensor:
-        sources = [self.proj.weight, self.proj.bias]
-        return self._cache.get(sources, (x.shape[1], x.shape[2]), lambda size: self._positions(x))
-
-    def _positions(self, x: torch.Tensor) -> torch.Tensor:
-        H, W = x.shape[1], x.shape[2]
-        rows = self._features(H, x).unsqueeze(1).expand(-1, W, -1)
-        columns = self._features(W, x).unsqueeze(0).expand(H, -1, -1)
-        return self.proj(torch.cat([rows, columns], dim=2).to(self.proj.weight.dtype)).unsqueeze(0)
-
-
-def _check_global_pool(global_pool: str) -> None:
-    if global_pool not in ('token', 'avg', ''):
-        raise ValueError(f"Unsupported global_pool '{global_pool}', expected 'token', 'avg' or '' (no pooling).")
-
-
-class XNormVisionTransformer(nn.Module):
+class XNormVisionTransformer(ImageModel):
     """X-ViT: a convolutional stem, blocks of one width, and class attention as pooling.
 
     Takes images of any size: each convolution of the stem halves a side, rounding up, and learned positions are resized
@@ -218,10 +71,15 @@ class XNormVisionTransformer(nn.Module):
 
     Paper: arXiv 2205.13805; what is documented and what is not is said at the top of this file.
     """
+    parts = 'blocks'
+    one_width = True
+    global_pools = ('token', 'avg', '')
+    output_fmts = ('NCHW', 'NHWC', 'NLC')
+    __constants__ = ('grad_checkpointing',)  # so that TorchScript leaves the branch out
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             patch_size: int = 16,
             in_chans: int = 3,
             num_classes: int = 1000,
@@ -230,14 +88,14 @@ class XNormVisionTransformer(nn.Module):
             depth: int = 12,
             class_depth: int = 2,
             num_heads: int = 8,
-            attn_dim: Optional[int] = None,
+            attn_dim: int | None = None,
             mlp_ratio: float = 4.,
             qkv_bias: bool = True,
             init_values: float = 1.,
             pos_embed: str = 'learn',
             lpi_convs: int = 2,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_layer: str | Callable[..., nn.Module] = 'xnorm',
+            attn_kwargs: dict[str, Any] | None = None,
             drop_rate: float = 0.,
             pos_drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
@@ -272,20 +130,13 @@ class XNormVisionTransformer(nn.Module):
         Raises:
             ValueError: A value is out of range.
         """
-        super().__init__()
+        super().__init__(in_chans, num_classes, global_pool, embed_dim)
         dd = {'device': device, 'dtype': dtype}
-        _check_global_pool(global_pool)
-        for name, value in dict(
-                in_chans=in_chans, embed_dim=embed_dim, depth=depth, class_depth=class_depth, num_heads=num_heads,
-                mlp_ratio=mlp_ratio).items():
-            if value <= 0:
-                raise ValueError(f'{name}={value} must be positive.')
+        check_positive(
+            embed_dim=embed_dim, depth=depth, class_depth=class_depth, num_heads=num_heads, mlp_ratio=mlp_ratio)
+        check_drop_path(drop_path_rate)
         if int(embed_dim * mlp_ratio) < 1:
             raise ValueError(f'mlp_ratio={mlp_ratio} leaves no hidden channel at embed_dim={embed_dim}.')
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} must not be negative.')
-        if not 0 <= drop_path_rate < 1:
-            raise ValueError(f'drop_path_rate={drop_path_rate} must lie in [0, 1).')
         if patch_size < 2 or patch_size & (patch_size - 1):
             raise ValueError(f'patch_size={patch_size} must be a power of two from 2.')
         num_convs = patch_size.bit_length() - 1
@@ -298,10 +149,7 @@ class XNormVisionTransformer(nn.Module):
         if lpi_convs not in (1, 2):
             raise ValueError(f'lpi_convs={lpi_convs} must be 1 or 2.')
 
-        self.in_chans = in_chans
-        self.num_classes = num_classes
-        self.global_pool = global_pool
-        self.num_features = self.head_hidden_size = self.embed_dim = embed_dim
+        self.embed_dim = embed_dim
         self.patch_size = patch_size
         self.img_size = self._check_img_size(img_size)
         self.grad_checkpointing = False
@@ -334,6 +182,7 @@ class XNormVisionTransformer(nn.Module):
                 lpi_convs=lpi_convs,
                 proj_drop=proj_drop_rate,
                 drop_path=rates[i],
+                mlp_layer=Mlp,
                 **dd,
             ) for i in range(depth)])
         self.feature_info = [
@@ -341,8 +190,7 @@ class XNormVisionTransformer(nn.Module):
 
         self._set_class_attention(global_pool == 'token', **dd)
         self.norm = _norm_layer(embed_dim, **dd)
-        self.head_drop = nn.Dropout(drop_rate)
-        self.head = nn.Linear(embed_dim, num_classes, **dd) if num_classes > 0 else nn.Identity()
+        self._add_head(drop_rate, **dd)
         self.init_weights(needs_reset=False)
 
     def _set_class_attention(self, enable: bool, device=None, dtype=None) -> None:
@@ -354,18 +202,18 @@ class XNormVisionTransformer(nn.Module):
         self.cls_blocks = nn.ModuleList([ClassBlock(self.embed_dim, **args, **dd) for _ in range(depth)])
 
     @staticmethod
-    def _check_img_size(img_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
         H, W = to_2tuple(img_size)
         if H < 1 or W < 1:
             raise ValueError(f'img_size={img_size} must be positive.')
         return H, W
 
-    def _grid(self, img_size: Tuple[int, int]) -> Tuple[int, int]:
+    def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Sides of the map of an image."""
         return -(-img_size[0] // self.patch_size), -(-img_size[1] // self.patch_size)
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Learn positions for images of another size from now on: those there are become the resized ones.
 
         Not needed to run the model at another size, where they are resized each time.
@@ -384,24 +232,19 @@ class XNormVisionTransformer(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Initialise all weights.
-
-        Args:
-            needs_reset: Also call `reset_parameters()` of modules that initialise themselves when constructed, as is
-                needed after `to_empty()`.
-        """
-        self.apply(partial(init_module, needs_reset=needs_reset))
+        """Initialise all weights, see `ImageModel.init_weights`."""
+        super().init_weights(needs_reset)
         for p in (self.pos_embed, self.cls_token):
             if p is not None:
                 nn.init.trunc_normal_(p, std=.02)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Names of parameters to exempt from weight decay, besides the biases, norms and scales that timm exempts."""
         return {name for name in ('pos_embed', 'cls_token') if getattr(self, name) is not None}
 
     @torch.jit.ignore
-    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
         """Regular expressions that order the parameters from input to output, for layer-wise learning rates."""
         return dict(
             stem=r'^patch_embed|^pos_embed|^pos_fourier',
@@ -409,46 +252,15 @@ class XNormVisionTransformer(nn.Module):
             head=[(r'^cls_token', (0,)), (r'^cls_blocks\.(\d+)', None), (r'^norm', (99999,))],
         )
 
-    @torch.jit.ignore
-    def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recompute each block in the backward pass instead of keeping its activations.
-
-        Batch norms see each batch twice then, so that their running statistics move faster.
-        """
-        self.grad_checkpointing = enable
-
-    @torch.jit.ignore
-    def get_classifier(self) -> nn.Module:
-        """The classifier: a linear layer, or an identity without classes."""
-        return self.head
-
-    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Replace the classifier.
-
-        Args:
-            num_classes: Classes of the new one, 0 for none.
-            global_pool: 'token', 'avg' or '', None to keep the present pooling. With another than 'token', class
-                attention is removed; with 'token' after that, it starts anew.
-
-        Raises:
-            ValueError: `num_classes` is negative or `global_pool` unsupported; the model is left as it was.
-        """
-        if num_classes < 0:
-            raise ValueError(f'num_classes={num_classes} must not be negative.')
-        dd = get_device_dtype(self)
-        if global_pool is not None:
-            _check_global_pool(global_pool)
-            if (global_pool == 'token') != (self.cls_token is not None):
-                self._set_class_attention(global_pool == 'token', **dd)
-                self.cls_blocks.apply(init_module)
-                if self.cls_token is not None:
-                    nn.init.trunc_normal_(self.cls_token, std=.02)
-                self.cls_blocks.train(self.training)
-            self.global_pool = global_pool
-        self.num_classes = num_classes
-        self.head = nn.Linear(self.num_features, num_classes, **dd) if num_classes > 0 else nn.Identity()
-        init_module(self.head)
-        self.head.train(self.training)
+    def _set_global_pool(self, global_pool: str, device=None, dtype=None) -> None:
+        """Without 'token', class attention is removed; with 'token' after that, it starts anew."""
+        if (global_pool == 'token') != (self.cls_token is not None):
+            self._set_class_attention(global_pool == 'token', device=device, dtype=dtype)
+            self.cls_blocks.apply(init_module)
+            if self.cls_token is not None:
+                nn.init.trunc_normal_(self.cls_token, std=.02)
+            self.cls_blocks.train(self.training)
+        self.global_pool = global_pool
 
     def _positions(self, positions: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """The learned positions, resized to the map (B, H, W, C); inference on a CPU remembers them."""
@@ -458,7 +270,7 @@ class XNormVisionTransformer(nn.Module):
         return resample_abs_pos_embed_nhwc(positions, [x.shape[1], x.shape[2]])
 
     @torch.jit.unused
-    def _known_positions(self, positions: torch.Tensor, size: Tuple[int, int]) -> torch.Tensor:
+    def _known_positions(self, positions: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
         return self._cache.get([positions], size, partial(resample_abs_pos_embed_nhwc, positions))
 
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
@@ -471,81 +283,20 @@ class XNormVisionTransformer(nn.Module):
             x = x + self.pos_fourier(x)
         return self.pos_drop(x)
 
-    def forward_intermediates(
-            self,
-            x: torch.Tensor,
-            indices: Optional[Union[int, List[int]]] = None,
-            norm: bool = False,
-            stop_early: bool = False,
-            output_fmt: str = 'NCHW',
-            intermediates_only: bool = False,
-    ) -> Union[List[torch.Tensor], Tuple[torch.Tensor, List[torch.Tensor]]]:
-        """Forward pass that returns the maps of the blocks.
+    def _run_part(self, part: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        return checkpoint(part, x) if self.grad_checkpointing else part(x)
 
-        Args:
-            x: Images (B, in_chans, H, W).
-            indices: Blocks to return: the last n if int, all if None, else these.
-            norm: Apply the norm of the head to the maps.
-            stop_early: Do not run the blocks after the last one asked for.
-            output_fmt: 'NCHW', 'NHWC' or 'NLC'.
-            intermediates_only: Return the list of maps alone.
+    def _to_map(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
+        return (self.norm(x) if norm else x).permute(0, 3, 1, 2)
 
-        Returns:
-            The last map as (B, C, H, W) and the list of maps, or that list.
-        """
-        if output_fmt not in ('NCHW', 'NHWC', 'NLC'):
-            raise ValueError(f"Unsupported output_fmt '{output_fmt}', expected 'NCHW', 'NHWC' or 'NLC'.")
-        intermediates: List[torch.Tensor] = []
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-
-        x = self._embed(x)
-        for i, block in enumerate(self.blocks):
-            if not stop_early or i <= max_index:
-                if self.grad_checkpointing and not torch.jit.is_scripting():
-                    x = checkpoint(block, x)
-                else:
-                    x = block(x)
-                if i in take_indices:
-                    y = self.norm(x) if norm else x
-                    if output_fmt == 'NCHW':
-                        y = y.permute(0, 3, 1, 2)
-                    elif output_fmt == 'NLC':
-                        y = y.flatten(1, 2)
-                    intermediates.append(y)
-
-        if intermediates_only:
-            return intermediates
-        return x.permute(0, 3, 1, 2), intermediates
-
-    def prune_intermediate_layers(
-            self,
-            indices: Union[int, List[int]] = 1,
-            prune_norm: bool = False,
-            prune_head: bool = True,
-    ) -> List[int]:
-        """Remove what the given intermediates do not need.
-
-        Args:
-            indices: Blocks to keep: the last n if int, else these.
-            prune_norm: Remove the norm of the head.
-            prune_head: Remove the classifier and pooling, class attention included.
-
-        Returns:
-            The indices of the kept intermediates.
-        """
-        take_indices, max_index = feature_take_indices(len(self.blocks), indices)
-        self.blocks = self.blocks[:max_index + 1]
-        if prune_norm:
-            self.norm = nn.Identity()
-        if prune_head:
-            self.reset_classifier(0, '')
-        return take_indices
+    def _to_features(self, x: torch.Tensor) -> torch.Tensor:
+        return x.permute(0, 3, 1, 2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last map (B, embed_dim, H', W')."""
         x = self._embed(x)
         for block in self.blocks:
-            if self.grad_checkpointing and not torch.jit.is_scripting():
+            if self.grad_checkpointing:
                 x = checkpoint(block, x)
             else:
                 x = block(x)
@@ -574,53 +325,11 @@ class XNormVisionTransformer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
+        # not left to the base class: torch.fx looks for functions that it does not trace where `forward` is defined
         return self.forward_head(self.forward_features(x))
 
 
-class XNormPyramid(Pyramid):
-    """The shared pyramid around XNorm attention. Ours: X-ViT has one width and stride throughout.
-
-    Positions reach the attention through the convolutions of the patch embeddings and MLPs, as in PVTv2. There is no
-    batch norm.
-    """
-
-    def __init__(
-            self,
-            embed_dims: Sequence[int] = (64, 128, 256, 512),
-            depths: Sequence[int] = (3, 3, 12, 3),
-            num_heads: Union[int, Sequence[int]] = (1, 2, 4, 8),
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'xnorm',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
-            attn_ratio: float = .5,
-            **kwargs: Any,
-    ):
-        """
-        Args:
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
-            attn_layer: Mechanism by name, or a module class or factory.
-            attn_kwargs: Further arguments of the mechanism.
-            attn_ratio: Channels of queries, keys and values each over those of the map, without effect on other
-                mechanisms than XNorm attention.
-            kwargs: As for `Pyramid`.
-        """
-        if attn_layer == 'xnorm':
-            attn_kwargs = dict(dict(attn_ratio=attn_ratio), **(attn_kwargs or {}))
-        super().__init__(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            attn_layer=attn_layer,
-            attn_kwargs=attn_kwargs,
-            **kwargs,
-        )
-
-
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take a state dict of ours, from training or from the Hub.
 
     Learned positions are resized to the model's, bicubic and antialiased. Class attention is left out where the model
@@ -635,8 +344,6 @@ def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) 
         ValueError: The weights belong to another architecture or variant, or some are missing.
     """
     state_dict = unwrap(state_dict)
-    if not isinstance(model, XNormVisionTransformer):
-        return fit(state_dict, model)
     if model.cls_token is None:
         state_dict = {k: v for k, v in state_dict.items() if not k.startswith(('cls_token', 'cls_blocks.'))}
     positions = state_dict.get('pos_embed')
@@ -658,19 +365,7 @@ def _create_xvit(variant: str, pretrained: bool = False, **kwargs: Any) -> XNorm
     )
 
 
-def _create_xvit_pyramid(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        XNormPyramid,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
-
-
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),
@@ -690,7 +385,7 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
-def _pyramid_cfg(**kwargs: Any) -> Dict[str, Any]:
+def _pyramid_cfg(**kwargs: Any) -> dict[str, Any]:
     return _cfg(**dict(dict(pool_size=(7, 7), first_conv='patch_embed.proj'), **kwargs))
 
 
@@ -699,12 +394,6 @@ default_cfgs = generate_default_cfgs({
     'xvit_small.untrained': _cfg(),
     'xvit_medium.untrained': _cfg(),
     'xvit_base.untrained': _cfg(),
-    # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
-    'xvit_pyramid_nano.fashion_mnist': _pyramid_cfg(**weights_cfg('xvit_pyramid_nano.fashion_mnist')),
-    'xvit_pyramid_nano.untrained*': _pyramid_cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0),
-    'xvit_pyramid_tiny.untrained': _pyramid_cfg(),
-    'xvit_pyramid_small.untrained': _pyramid_cfg(),
-    'xvit_pyramid_base.untrained': _pyramid_cfg(),
 })
 
 
@@ -734,32 +423,3 @@ def xvit_base(pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer
     """X-ViT-Base, in the shape recalled of UFO-ViT-B; our recipe has `drop_path_rate=0.15`."""
     model_args = dict(embed_dim=512, depth=24, num_heads=8, attn_dim=128, init_values=1e-5)
     return _create_xvit('xvit_base', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_nano(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Nano (ours), for images of 28 to 64 pixels."""
-    model_args = dict(
-        embed_dims=(32, 64, 128, 160), depths=(1, 3, 4, 1), num_heads=(1, 2, 4, 5), mlp_ratios=(4., 4., 3., 2.),
-        attn_ratio=.75, patch_size=3, patch_stride=2)
-    return _create_xvit_pyramid('xvit_pyramid_nano', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_tiny(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Tiny (ours)."""
-    model_args = dict(embed_dims=(48, 96, 192, 384), depths=(2, 2, 8, 2))
-    return _create_xvit_pyramid('xvit_pyramid_tiny', pretrained=pretrained, **dict(model_args, **kwargs))
-
-
-@register_model
-def xvit_pyramid_small(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Small (ours)."""
-    return _create_xvit_pyramid('xvit_pyramid_small', pretrained=pretrained, **kwargs)
-
-
-@register_model
-def xvit_pyramid_base(pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    """X-ViT-Pyramid-Base (ours)."""
-    model_args = dict(embed_dims=(64, 128, 320, 512), depths=(3, 4, 24, 3), num_heads=(1, 2, 5, 8))
-    return _create_xvit_pyramid('xvit_pyramid_base', pretrained=pretrained, **dict(model_args, **kwargs))

@@ -1,0 +1,163 @@
+"""LeViT's layers (arXiv 2104.01136) on (B, C, H, W) maps, its attention around the linear-angular core."""
+from collections import OrderedDict
+from typing import Any
+
+import torch
+from timm.models.levit import ConvNorm
+from torch import nn
+
+from ..ops._common import has_hooks, is_plain, linear, packed_weight, use_bands
+from ._fold import fold_batch_norm
+from .linear_angular import LinearAngular
+
+# Positions of a map up to which inference on a CPU takes 1x1 convolutions as linear layers. Measured: half of the time
+# at 7 x 7 (bfloat16 and float32), the same at 64 x 64.
+LINEAR_UP_TO = 1024
+
+
+class PointwiseNorm(ConvNorm):
+    """LeViT's 1x1 convolution with batch norm."""
+
+    def __init__(self, dim: int, dim_out: int, bn_weight_init: float = 1., device=None, dtype=None):
+        """
+        Args:
+            dim: Channels of the map.
+            dim_out: Channels of the new map.
+            bn_weight_init: Initial scale of the batch norm.
+        """
+        super().__init__(dim, dim_out, bn_weight_init=bn_weight_init, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', H, W)."""
+        if not torch.jit.is_scripting():
+            if use_bands(x) and x.shape[2] * x.shape[3] <= LINEAR_UP_TO and self._is_plain():
+                return self._as_linear(x)
+        return self.bn(self.linear(x))
+
+    @torch.jit.unused
+    def _is_plain(self) -> bool:
+        norm = type(self.bn) is nn.Identity or (type(self.bn) is nn.BatchNorm2d and not self.bn.training)
+        return (norm and not has_hooks(self.bn) and is_plain(self.linear, nn.Conv2d)
+                and not torch.is_autocast_enabled('cpu'))
+
+    @torch.jit.unused
+    def _as_linear(self, x: torch.Tensor) -> torch.Tensor:
+        conv = self.linear
+        x = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias, packed=packed_weight(conv))
+        if isinstance(self.bn, nn.BatchNorm2d):
+            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
+            x = torch.addcmul(torch.addcmul(self.bn.bias, self.bn.running_mean, scale, value=-1), x, scale)
+        return x.permute(0, 3, 1, 2)
+
+    def fuse(self) -> 'PointwiseNorm':
+        """Fold the norm into the convolution."""
+        if isinstance(self.bn, nn.BatchNorm2d):
+            self.linear = fold_batch_norm(self.linear, self.bn)
+            self.bn = nn.Identity()
+        return self
+
+
+def _levit_proj(dim: int, dim_out: int, act_layer: type[nn.Module], bn_weight_init: float, **dd: Any) -> nn.Sequential:
+    return nn.Sequential(OrderedDict([
+        ('act', act_layer()),
+        ('ln', PointwiseNorm(dim, dim_out, bn_weight_init, **dd)),
+    ]))
+
+
+class LevitAttention(LinearAngular):
+    """LeViT's attention around the linear-angular core, on (B, C, H, W) maps."""
+
+    def __init__(
+            self,
+            dim: int,
+            key_dim: int,
+            value_dim: int,
+            num_heads: int,
+            act_layer: type[nn.Module],
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            key_dim: Channels of queries and keys of each head.
+            value_dim: Channels of values of each head.
+            num_heads: Attention heads.
+            act_layer: Activation before the output projection.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.qkv = PointwiseNorm(dim, (2 * key_dim + value_dim) * num_heads, **dd)
+        self.proj = _levit_proj(value_dim * num_heads, dim, act_layer, 0., **dd)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.num_heads * self.value_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C, H, W)."""
+        B, _, H, W = x.shape
+        qkv = self.qkv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, -1).transpose(1, 2)
+        q, k, v = qkv.split([self.key_dim, self.key_dim, self.value_dim], dim=3)
+        x = self.attend(q, k, v, (H, W))
+        return self.proj(x.transpose(1, 2).reshape(B, H, W, -1).permute(0, 3, 1, 2))
+
+
+class LevitAttentionDownsample(LinearAngular):
+    """LeViT's attention from every other row and column to all, on (B, C, H, W) maps.
+
+    The identity and the convolution of the values are read at the positions of the queries (ours: the authors' module
+    has queries and keys on one grid).
+    """
+
+    def __init__(
+            self,
+            dim: int,
+            dim_out: int,
+            key_dim: int,
+            value_dim: int,
+            num_heads: int,
+            act_layer: type[nn.Module],
+            device=None,
+            dtype=None,
+            **kwargs: Any,
+    ):
+        """
+        Args:
+            dim: Channels of the map.
+            dim_out: Channels of the new map.
+            key_dim: Channels of queries and keys of each head.
+            value_dim: Channels of values of each head.
+            num_heads: Attention heads.
+            act_layer: Activation before the output projection.
+            kwargs: As for `LinearAngular`.
+        """
+        dd = {'device': device, 'dtype': dtype}
+        super().__init__(num_heads, **kwargs, **dd)
+        self.key_dim = key_dim
+        self.value_dim = value_dim
+        self.kv = PointwiseNorm(dim, (key_dim + value_dim) * num_heads, **dd)
+        self.q = nn.Sequential(OrderedDict([
+            ('down', nn.AvgPool2d(1, stride=2)),
+            ('ln', PointwiseNorm(dim, key_dim * num_heads, **dd)),
+        ]))
+        self.proj = _levit_proj(value_dim * num_heads, dim_out, act_layer, 1., **dd)
+
+    def value_channels(self) -> int:
+        """Channels of the values, of all heads."""
+        return self.num_heads * self.value_dim
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""
+        B, _, H, W = x.shape
+        kv = self.kv(x).permute(0, 2, 3, 1).reshape(B, H * W, self.num_heads, -1).transpose(1, 2)
+        k, v = kv.split([self.key_dim, self.value_dim], dim=3)
+        q = self.q(x).permute(0, 2, 3, 1)
+        H_out, W_out = q.shape[1], q.shape[2]
+        q = q.reshape(B, H_out * W_out, self.num_heads, self.key_dim).transpose(1, 2)
+        x = self.attend(q, k, v, (H, W), stride=2)
+        return self.proj(x.transpose(1, 2).reshape(B, H_out, W_out, -1).permute(0, 3, 1, 2))
