@@ -13,9 +13,10 @@ for a CPU; compiled, as it is meant to be, and not where that fails. Adds to the
 import argparse
 import csv
 import tempfile
+from collections.abc import Callable
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, Dict, List
+from typing import Any
 
 import timm
 import torch
@@ -25,8 +26,8 @@ from tqdm import tqdm
 
 import vitlinear  # noqa: F401  registers the models
 from vitlinear.tools.bench.command import machine
-from vitlinear.zoo.records import csv_text, write_text
 from vitlinear.tools.quantize import OnnxModel, calibration_batches, export_onnx, quantize_onnx, time_passes
+from vitlinear.zoo.records import csv_text, write_text
 
 FIELDS = ('model', 'size', 'runtime', 'top1', 'images', 'ms', 'threads', 'cpu', 'torch', 'note')
 
@@ -38,13 +39,13 @@ def torchao_int8(model: nn.Module) -> nn.Module:
     return model
 
 
-def top1(run: Callable[[torch.Tensor], torch.Tensor], batches: List[torch.Tensor], targets: torch.Tensor) -> str:
+def top1(run: Callable[[torch.Tensor], torch.Tensor], batches: list[torch.Tensor], targets: torch.Tensor) -> str:
     with torch.inference_mode():
         found = torch.cat([run(batch).argmax(1) for batch in tqdm(batches, leave=False)])
     return f'{100 * (found == targets).double().mean().item():.2f}'
 
 
-def compare(name: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
+def compare(name: str, args: argparse.Namespace) -> list[dict[str, Any]]:
     torch.manual_seed(0)
     model = timm.create_model(name, pretrained='.' in name).eval().requires_grad_(False)
     config = resolve_data_config({}, model=model)
@@ -64,7 +65,7 @@ def compare(name: str, args: argparse.Namespace) -> List[Dict[str, Any]]:
         export_onnx(deepcopy(model), shape, before)
         quantize_onnx(before, after, known)
         eager = torchao_int8(model)
-        runs: Dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
+        runs: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
             'torch float32': model, 'onnxruntime float32': OnnxModel(before, args.threads),
             'onnxruntime int8': OnnxModel(after, args.threads), 'torchao int8': eager}
         for key, module in (('torch float32, compiled', model), ('torchao int8, compiled', eager)):
@@ -97,7 +98,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for name in args.models:
-        kept: List[Dict[str, Any]] = []
+        kept: list[dict[str, Any]] = []
         if args.out.is_file():
             with args.out.open(newline='') as f:
                 kept = [row for row in csv.DictReader(f) if row['model'] != name]

@@ -15,8 +15,8 @@ from pathlib import Path
 import timm
 
 import vitlinear  # noqa: F401
-from vitlinear.zoo.records import csv_text, write_text
 from vitlinear.tools.info import count_macs
+from vitlinear.zoo.records import csv_text, write_text
 
 PEERS = {'gkvit_nano': 'b0', 'gkvit_tiny': 'b1', 'gkvit_small': 'b2', 'gkvit_base': 'b3', 'gkvit_large': 'b5'}
 FIELDS = ['model', 'size', 'params_m', 'gmacs', 'peer', 'peer_params_m', 'peer_gmacs', 'params_saved', 'macs_saved']

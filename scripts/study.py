@@ -21,11 +21,8 @@ gkvit_nano_fashion_mnist.yaml.
     walk045     the same, beta learned from 0.45
     beta0       the same, beta = 0: one step
     t1, t8      temperature 1 or 8, beta learned from 0.107
-    elu         features elu + 1, beta learned from 0.107
     spectral    the default: signed weights, beta learned from 0.107
     spectral_beta0
-    shared      queries and keys share their anchors: one projection for both
-    shared_beta0
     shallow     one block in each stage, beta learned from 0.45: do more steps stand in for more layers?
     shallow_beta0
 
@@ -44,9 +41,10 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence
+from typing import Any
 
 import yaml
 
@@ -55,11 +53,11 @@ STAGES = 4
 FIELDS = ['setting', 'seed', 'epochs', 'options', 'top1', 'train_loss', 'seconds']
 
 
-def learned_betas(folder: Path, data_dir: str) -> Dict[str, str]:
+def learned_betas(folder: Path, data_dir: str) -> dict[str, str]:
     """Mean of beta in each stage, empty where it is not learned."""
     from timm.utils import load_checkpoint_metadata
 
-    from vitlinear.ops.random_walk import MAX_BETA
+    from vitlinear.layers.random_walk import MAX_BETA
     state = load_checkpoint_metadata(str(folder / 'last.pth.tar'))['state_dict']
     betas = {}
     for i in range(STAGES):
@@ -69,12 +67,12 @@ def learned_betas(folder: Path, data_dir: str) -> Dict[str, str]:
     return betas
 
 
-def switch(folder: Path, data_dir: str) -> Dict[str, str]:
+def switch(folder: Path, data_dir: str) -> dict[str, str]:
     """Accuracy before and after the switch to inference."""
     import torch
     from timm.data import create_loader, resolve_data_config
 
-    from vitlinear.tools import _script
+    from vitlinear.tools import _datasets, _script
     args = argparse.Namespace(**yaml.safe_load((folder / 'args.yaml').read_text()))
     args.data_dir = data_dir
     # the end of the ramp, which is not in the state dict: thresholds of 1
@@ -83,7 +81,7 @@ def switch(folder: Path, data_dir: str) -> Dict[str, str]:
     _script.load_weights(model, str(folder / 'last.pth.tar'))
     config = resolve_data_config(vars(args), model=model)
     loader = create_loader(
-        _script.open_dataset(args, 'validation', config['input_size'][0]), input_size=config['input_size'],
+        _datasets.open_dataset(args, 'validation', config['input_size'][0]), input_size=config['input_size'],
         batch_size=500, interpolation=config['interpolation'], mean=config['mean'], std=config['std'], num_workers=0,
         crop_pct=config['crop_pct'], use_prefetcher=False)
     images, targets = (torch.cat(parts) for parts in zip(*loader))
@@ -105,12 +103,12 @@ def switch(folder: Path, data_dir: str) -> Dict[str, str]:
 class Study:
     """A recipe, keys that each setting changes in it (None takes a key out), and what is measured after a run."""
     recipe: str
-    settings: Dict[str, Dict[str, Any]]
+    settings: dict[str, dict[str, Any]]
     fields: Sequence[str]
-    measure: Callable[[Path, str], Dict[str, str]]
+    measure: Callable[[Path, str], dict[str, str]]
 
 
-def attention(mode: str, depth: Optional[int] = None, **kwargs: Any) -> Dict[str, Any]:
+def attention(mode: str, depth: int | None = None, **kwargs: Any) -> dict[str, Any]:
     depths = {} if depth is None else dict(depths=[depth] * STAGES)
     return dict(model_kwargs=dict(attn_kwargs=dict(mode=mode, **kwargs), **depths))
 
@@ -130,11 +128,8 @@ STUDIES = {
             beta0=attention('walk', init_beta=0.),
             t1=attention('walk', init_temperature=1.),
             t8=attention('walk', init_temperature=8.),
-            elu=attention('walk', features='elu'),
             spectral=attention('spectral'),
             spectral_beta0=attention('spectral', init_beta=0.),
-            shared=attention('walk', shared_anchors=True),
-            shared_beta0=attention('walk', shared_anchors=True, init_beta=0.),
             shallow=attention('walk', depth=1, init_beta=.45),
             shallow_beta0=attention('walk', depth=1, init_beta=0.),
         ),
@@ -144,7 +139,7 @@ STUDIES = {
 }
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
         usage='%(prog)s [-h] STUDY --data-dir DIR [options] [-- options of `vitlinear train`]')
@@ -170,7 +165,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     return args
 
 
-def read_rows(path: Path) -> List[Dict[str, str]]:
+def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.is_file():
         return []
     with open(path, newline='') as f:
@@ -184,12 +179,12 @@ def write(path: Path, text: str) -> None:
     write_text(path, text)
 
 
-def write_rows(path: Path, fields: Sequence[str], rows: Sequence[Dict[str, str]]) -> None:
+def write_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
     from vitlinear.zoo.records import csv_text
     write(path, csv_text(fields, rows))
 
 
-def key_of(row: Dict[str, str]) -> tuple:
+def key_of(row: dict[str, str]) -> tuple:
     return row['setting'], row['seed'], row['epochs'], row['options']
 
 
@@ -199,7 +194,7 @@ def launch(argv: Sequence[str], processes: int) -> None:
     subprocess.run([sys.executable, *torchrun, '-m', 'vitlinear.tools.train', *argv], env=env, check=True)
 
 
-def train(row: Dict[str, str], recipe: Dict[str, Any], args: argparse.Namespace) -> Dict[str, str]:
+def train(row: dict[str, str], recipe: dict[str, Any], args: argparse.Namespace) -> dict[str, str]:
     """One run, or what is left of it, and its row."""
     study = STUDIES[args.study]
     name = f"{row['setting']}_{row['epochs']}epochs_seed{row['seed']}"
@@ -230,7 +225,7 @@ def train(row: Dict[str, str], recipe: Dict[str, Any], args: argparse.Namespace)
     }
 
 
-def spread(rows: Sequence[Dict[str, str]], field: str) -> str:
+def spread(rows: Sequence[dict[str, str]], field: str) -> str:
     """Mean and standard deviation, with a digit more than the values have."""
     texts = [row[field] for row in rows if row[field]]
     if not texts:
@@ -241,7 +236,7 @@ def spread(rows: Sequence[Dict[str, str]], field: str) -> str:
     return f'{statistics.mean(values):.{digits}f}{deviation}'
 
 
-def summarise(rows: Sequence[Dict[str, str]], study: Study) -> str:
+def summarise(rows: Sequence[dict[str, str]], study: Study) -> str:
     fields = ['top1', 'train_loss', *study.fields]
     table = [['setting', 'seeds', *fields]]
     for setting in study.settings:
@@ -252,7 +247,7 @@ def summarise(rows: Sequence[Dict[str, str]], study: Study) -> str:
     return '\n'.join('  '.join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     args = parse_args(argv)
     study = STUDIES[args.study]
     recipe = yaml.safe_load((ROOT / 'configs' / f'{study.recipe}.yaml').read_text())

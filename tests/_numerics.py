@@ -3,6 +3,9 @@ from typing import Callable, Tuple
 
 import torch
 
+from vitlinear.inference import row_block_bytes
+from vitlinear.inference.rows import BRANCHES
+
 TIGHT = dict(rtol=1e-9, atol=1e-11)
 
 
@@ -32,3 +35,9 @@ def saved_bytes(fn: Callable, *args: torch.Tensor) -> int:
     size = sum(s.nbytes() for s in storages.values())
     assert out.requires_grad
     return size
+
+
+def in_row_blocks(module: torch.nn.Module, x: torch.Tensor, size: int = 1) -> torch.Tensor:
+    """A layer of (B, H, W, C) maps in its row-block form, in blocks of few rows."""
+    with torch.no_grad(), row_block_bytes(size):
+        return BRANCHES[type(module)](module, x, None, None)

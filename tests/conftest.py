@@ -1,5 +1,6 @@
-"""Fixtures of all tests: devices, and uninitialised memory that shows."""
+"""Fixtures of all tests: devices, and uninitialised memory that shows. Which tests the fast lane leaves out."""
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
@@ -22,3 +23,14 @@ def nan_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(before[0])
     torch.utils.deterministic.fill_uninitialized_memory = before[1]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of the commands, which start processes, and as slow those of compilers, exporters and the Hub."""
+    tests = Path(__file__).parent
+    for item in items:
+        name = item.name.partition('[')[0]
+        if tests / 'tools' in item.path.parents:
+            item.add_marker('tools')
+        elif item.path.name == 'test_hub.py' or any(word in name for word in ('compile', 'export', 'trace')):
+            item.add_marker('slow')

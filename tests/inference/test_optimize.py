@@ -4,7 +4,6 @@ import io
 import pickle
 import subprocess
 import sys
-import warnings
 from typing import Any, Callable, Dict, List, Tuple
 
 import pytest
@@ -16,12 +15,12 @@ from torch import nn
 
 import vitlinear
 from vitlinear import optimize_for_inference
+from vitlinear.inference import onednn as onednn_operators
+from vitlinear.inference import row_block_bytes
 from vitlinear.layers import QnAAttention
-from vitlinear.ops import _common, vicinity
-from vitlinear.ops._common import PackedConv2d, PackedLinear
+from vitlinear.inference.onednn import PackedConv2d, PackedLinear
 from vitlinear.layers.qna import FoldedQnAAttention
-from vitlinear.models import _pyramid
-from vitlinear.optimize import STEPS
+from vitlinear.inference.optimize import STEPS
 
 STAGES = dict(embed_dims=(16, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=2., patch_size=3, patch_stride=2)
 FLAT = dict(img_size=32, patch_size=4, embed_dim=24, depth=2, num_heads=2, init_values=.5)
@@ -55,10 +54,9 @@ MODELS: Dict[str, Tuple[str, Dict[str, Any]]] = {
     'castling deit distilled': ('castling_deit_tiny_distilled_patch16_224', DEIT),
     'qna': ('qna_vit_nano', QNA),
     'qna avg': ('qna_vit_nano', dict(QNA, attn_kwargs=dict(attn_scale='avg', qkv_bias=True, proj_bias=True))),
-    'qna shift': ('qna_vit_nano', dict(QNA, kernel_size=5, attn_kwargs=dict(impl='shift', attn_scale='none'))),
+    'qna 5x5': ('qna_vit_nano', dict(QNA, kernel_size=5, attn_kwargs=dict(attn_scale='none'))),
     'gkvit': ('gkvit_nano', STAGES),
     'gkvit walk': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(mode='walk'))),
-    'gkvit elu': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(mode='walk', features='elu'))),
     'gkvit one step': ('gkvit_nano', dict(STAGES, attn_kwargs=dict(init_beta=0.))),
     'mixed': ('vvt_nano', dict(STAGES, attn_layer=('window', 'linear'))),
     'timm levit': ('levit_128s', dict(img_size=32, embed_dim=(16, 24), key_dim=4, num_heads=(2, 3), depth=(1, 1))),
@@ -128,7 +126,7 @@ def outputs(model: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
 @pytest.fixture
 def onednn(monkeypatch):
     """Packed weights also in products as small as these."""
-    monkeypatch.setattr(_common, 'ONEDNN_FROM', 0)
+    monkeypatch.setattr(onednn_operators, 'MIN_MULTIPLICATIONS', 0)
 
 
 # the same function
@@ -156,7 +154,7 @@ def test_float32(name: str, onednn):
         for x in batches(name):
             expected = outputs(truth, x)
             for a, b, c in zip(outputs(optimized, x.float()), outputs(model, x.float()), expected):
-                assert error(a, c) <= max(1e-6, 3. * error(b, c))
+                assert error(a, c) <= max(2e-6, 3. * error(b, c))
 
 
 @pytest.mark.parametrize('name', MODELS)
@@ -208,11 +206,10 @@ def test_features_only(name: str):
 
 def test_large_maps(onednn, monkeypatch):
     """Bands of rows, at sizes where each mechanism takes them, and more of them in the MLP."""
-    monkeypatch.setattr(_pyramid, 'MLP_BAND', 2 ** 15)
     for name in ('vvt', 'qna', 'gkvit', 'xvit_pyramid', 'castling levit'):
         model, x = create(name), images(1, 3, 150, 140).float()
         optimized = optimize_for_inference(model)
-        with torch.no_grad():
+        with torch.no_grad(), row_block_bytes(2 ** 15):
             assert error(optimized(x), model(x)) <= 1e-5, name
             half, x = copy.deepcopy(model).to(torch.bfloat16), x.to(torch.bfloat16)
             expected = copy.deepcopy(half).double()(x.double())
@@ -284,12 +281,8 @@ def test_model_is_left_alone():
 def test_no_training_no_checkpoints(name: str):
     model = create(name, drop_rate=.5)
     optimized, x = optimize_for_inference(model), images(2, 3, 32, 32).float()
-    with pytest.warns(UserWarning, match='stays in evaluation mode'):
-        assert optimized.train() is optimized
     assert not any(m.training for m in optimized.modules())
-    with warnings.catch_warnings():
-        warnings.simplefilter('error')
-        assert optimized.eval() is optimized and optimized.train(False) is optimized
+    assert not any(p.requires_grad for p in optimized.parameters())
     with pytest.raises(RuntimeError, match='load the checkpoint and call optimize_for_inference'):
         optimized.load_state_dict(model.state_dict())
     with pytest.raises(RuntimeError, match='load the checkpoint and call optimize_for_inference'):
@@ -320,9 +313,6 @@ def test_copies_and_conversions(name: str, onednn):
         expected = optimized(x)
         assert torch.equal(copy.deepcopy(optimized)(x), expected)
         assert torch.equal(pickle.loads(pickle.dumps(optimized))(x), expected)
-        with pytest.warns(UserWarning, match='stays in evaluation mode'):
-            other = copy.deepcopy(optimized).train()
-        assert other is not optimized and not any(m.training for m in other.modules())
         half = copy.deepcopy(optimized).to(torch.bfloat16)
         assert error(half(x.to(torch.bfloat16)), expected) <= .05
         assert error(half.float()(x), expected) <= .05  # with what is left of the weights
@@ -368,24 +358,13 @@ def test_compile():
 def test_feature_extractor(name: str):
     """torch.fx."""
     optimized, x = optimize_for_inference(create(name)), images(1, 3, 32, 32).float()
-    with torch.no_grad(), pytest.warns(UserWarning, match='stays in evaluation mode'):
+    with torch.no_grad():
         extracted = create_feature_extractor(optimized, {'stages': 'map'})(x)['map']
         expected = optimized.stages(optimized.patch_embed(x))
         assert error(extracted, expected) <= 1e-5
 
 
 # tables that any model remembers
-
-def test_tables_of_angles():
-    """Remembered in inference, by size and type, and of no harm to a training that follows."""
-    model, x = create('vvt'), images(1, 3, 32, 32).float()
-    like = torch.zeros(1)
-    with torch.inference_mode():
-        model(x)
-        assert vicinity._table(vicinity._angle_table, like, 5) is vicinity._table(vicinity._angle_table, like, 5)
-        assert vicinity._table(vicinity._angle_table, like.double(), 5).dtype == torch.float64
-    assert vicinity._table(vicinity._angle_table, like, 5) is not vicinity._table(vicinity._angle_table, like, 5)
-    model.train()(x).sum().backward()
 
 
 @pytest.mark.parametrize('name, change', [
@@ -477,8 +456,8 @@ def test_hooks_are_kept():
 
 
 def test_import_is_lazy():
-    code = ('import sys, vitlinear; assert "vitlinear.optimize" not in sys.modules; '
-            'f = vitlinear.optimize_for_inference; assert callable(f) and "vitlinear.optimize" in sys.modules')
+    code = ('import sys, vitlinear; name = "vitlinear.inference.optimize"; assert name not in sys.modules; '
+            'assert callable(vitlinear.optimize_for_inference) and name in sys.modules')
     subprocess.run([sys.executable, '-c', code], check=True, timeout=300)
     with pytest.raises(AttributeError, match="no attribute 'optimise'"):
         vitlinear.optimise  # noqa: B018

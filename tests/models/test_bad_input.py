@@ -52,8 +52,6 @@ def test_input_of_features_only():
     (dict(patch_size=4), ['patch_size=4', 'odd']),
     (dict(patch_size=1, patch_stride=2), ['patch_size=1', 'patch_stride=2']),
     (dict(attn_kwargs=dict(locality='3d')), ["locality '3d'", '2d, 2d_product, 1d, none']),
-    (dict(attn_kwargs=dict(impl='fast')), ["impl 'fast'", 'auto, separable, features']),
-    (dict(attn_kwargs=dict(impl='separable', locality='1d')), ["impl='separable'", "'2d'", "'1d'"]),
     (dict(attn_kwargs=dict(feature_reduction=0)), ['feature_reduction=0']),
     (dict(attn_kwargs=dict(fpc_reduction=0)), ['fpc_reduction=0', 'between 1']),
     (dict(attn_kwargs=dict(fpc_reduction=99)), ['fpc_reduction=99', 'dim=32']),
@@ -104,8 +102,6 @@ def test_indices(model, indices):
 
 @pytest.mark.parametrize(('kwargs', 'words'), [
     (dict(locality='3d'), ["locality '3d'", '2d, 2d_product, 1d, none']),
-    (dict(impl='fast'), ["impl 'fast'", 'auto, separable, features']),
-    (dict(impl='separable', locality='1d'), ['separable', "'2d'", "'1d'"]),
 ])
 def test_vicinity_attention(kwargs, words):
     """The function refuses what the module refuses: a typing error must not select another kernel."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from vitlinear.layers import RandomWalkAttention
 from vitlinear.models.gkvit import GraphKernelVisionTransformer
-from vitlinear.ops.random_walk import DOUBLINGS
+from vitlinear.ops.primitives.walk_series.signed import MAX_DOUBLINGS
 from vitlinear.tools.train import build_parser
 
 VARIANTS = ['gkvit_nano', 'gkvit_tiny', 'gkvit_small', 'gkvit_base', 'gkvit_large']
@@ -54,7 +54,7 @@ def test_parameters(name: str, total: int, encoder: int):
         assert {layer.head_dim for layer in layers} == {32}
 
 
-def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 2 * DOUBLINGS) -> int:
+def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 2 * MAX_DOUBLINGS) -> int:
     """Multiply-accumulates from shapes.
 
     A block of N positions and C channels in heads of r: 4 N C^2 in projections; 4 N C r in sums over tokens and
@@ -74,10 +74,10 @@ def closed_form(model: nn.Module, H: int, W: int, degrees: int = 2, core: int = 
         for block in stage.blocks:
             heads, r = block.attn.num_heads, block.attn.head_dim
             total += 12 * N * C ** 2 + 36 * N * C
-            if N > r:
+            if N > r or not signed:
                 total += 4 * N * C * r + degrees * N * C + core * heads * r ** 3
             else:
-                total += heads * N ** 2 * ((2 + 2 * signed + DOUBLINGS) * r + (4 * signed + DOUBLINGS) * N)
+                total += heads * N ** 2 * ((2 + 2 * signed + MAX_DOUBLINGS) * r + (4 * signed + MAX_DOUBLINGS) * N)
     return total + model.head.weight.numel()
 
 

@@ -9,12 +9,13 @@ from _golden import authors_key, grid, part, to_authors, vvt_facts, vvt_state_sh
 from _models import blank, check_initialisation, count_macs, filtered, images, numel, on_meta
 from torch import nn
 
+from vitlinear import ops
 from vitlinear.layers import VicinityAttention
 from vitlinear.models.vvt import VicinityVisionTransformer
-from vitlinear.ops.vicinity import SEPARABLE_FROM
+from vitlinear.ops.primitives.tokens.positions import ROWS_AND_COLUMNS_FROM_POSITIONS
 
 VARIANTS = ['vvt_tiny', 'vvt_small', 'vvt_medium', 'vvt_large']
-IMPLS = ['features', 'separable']
+IMPLEMENTATIONS = sorted(ops.token_sums.implementations)
 # the authors' options that no released model uses and that are not offered
 ATTENTION_CASES = [c for c, i in vvt_facts()['cases'].items() if i['kind'] == 'attention' and c != 'attn/sr2']
 MODEL_INPUTS = ['sq64', 'ns64x96', 'odd75x101', 'min32']
@@ -43,7 +44,7 @@ def load_block(model: nn.Module, params: dict, prefix: str) -> None:
     model.load_state_dict(filtered(state, model))
 
 
-def attention_of(case: str, impl: str) -> VicinityAttention:
+def attention_of(case: str) -> VicinityAttention:
     facts = vvt_facts()['cases'][case]
     ctor = facts['ctor']
     locality = '2d' if ctor.get('use_sum', True) else '2d_product'
@@ -51,7 +52,7 @@ def attention_of(case: str, impl: str) -> VicinityAttention:
         embed_dims=(ctor['embed_dim'],), num_heads=(ctor['num_heads'],), mlp_ratios=(1.,),
         attn_kwargs=dict(
             feature_reduction=ctor['fr_ratio'], fpc_reduction=ctor['se_reduction'], clamp=facts['clip'],
-            locality=locality, impl=impl))
+            locality=locality))
     load_block(model, part(case, 'param'), 'attn.')
     return model.stages[0].blocks[0].attn
 
@@ -67,13 +68,14 @@ def gradients_as_ours(grads: dict) -> dict:
     return ours
 
 
-@pytest.mark.parametrize(('case', 'impl'), [
-    (c, i) for c in ATTENTION_CASES for i in IMPLS if (c, i) != ('attn/product_kernel', 'separable')])
-def test_golden_attention(case: str, impl: str):
+@pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
+@pytest.mark.parametrize('case', ATTENTION_CASES)
+def test_golden_attention(case: str, implementation: str):
     H, W = grid(case)
-    attention, tensors = attention_of(case, impl), vvt_tensors()
+    attention, tensors = attention_of(case), vvt_tensors()
     x = tensors[f'{case}/input'].unflatten(1, (H, W)).requires_grad_()
-    out = attention(x)
+    with ops.use(implementation):
+        out = attention(x)
     torch.testing.assert_close(out.flatten(1, 2), tensors[f'{case}/output'], **tolerance(case))
 
     out.flatten(1, 2).backward(tensors[f'{case}/cotangent'])
@@ -84,13 +86,12 @@ def test_golden_attention(case: str, impl: str):
         assert_gradient(p.grad, expected[name], name)
 
 
-@pytest.mark.parametrize('impl', IMPLS)
 @pytest.mark.parametrize('case', ['block/square', 'block/nonsquare'])
-def test_golden_block(case: str, impl: str):
+def test_golden_block(case: str):
     ctor, (H, W) = vvt_facts()['cases'][case]['ctor'], grid(case)
     model = tiny_pyramid(
         embed_dims=(ctor['dim'],), num_heads=(ctor['num_heads'],), mlp_ratios=(ctor['mlp_ratio'],),
-        attn_kwargs=dict(feature_reduction=ctor['fr_ratio'], fpc_reduction=ctor['se_ratio'], impl=impl))
+        attn_kwargs=dict(feature_reduction=ctor['fr_ratio'], fpc_reduction=ctor['se_ratio']))
     load_block(model, part(case, 'param'), '')
     block = model.stages[0].blocks[0]
     assert len(part(case, 'param')) == len(to_authors(block.state_dict())) + 4
@@ -98,21 +99,19 @@ def test_golden_block(case: str, impl: str):
     torch.testing.assert_close(out.flatten(1, 2), vvt_tensors()[f'{case}/output'], **tolerance(case))
 
 
-def golden_model(impl: str) -> VicinityVisionTransformer:
+def golden_model() -> VicinityVisionTransformer:
     ctor = vvt_facts()['cases']['model']['ctor']
     model = VicinityVisionTransformer(
-        attn_kwargs=dict(impl=impl),
         **{k: ctor[k] for k in ('embed_dims', 'depths', 'num_heads', 'mlp_ratios', 'num_classes')})
     model.load_state_dict(filtered(part('model', 'param'), model))
     return model
 
 
-@pytest.mark.parametrize('impl', [*IMPLS, 'auto'])
 @pytest.mark.parametrize('mode', ['eval', 'train'])
 @pytest.mark.parametrize('name', MODEL_INPUTS)
-def test_golden_model(name: str, mode: str, impl: str):
+def test_golden_model(name: str, mode: str):
     """Logits, pooled features, every stage and every patch embedding, without stochastic depth in both modes."""
-    model = golden_model(impl).train(mode == 'train')
+    model = golden_model().train(mode == 'train')
     case, tensors = f'model/{name}', vvt_tensors()
     embedded = []
     for module in (model.patch_embed, *[stage.downsample for stage in list(model.stages)[1:]]):
@@ -131,9 +130,8 @@ def test_golden_model(name: str, mode: str, impl: str):
 
 
 @pytest.mark.parametrize('checkpointing', [False, True])
-@pytest.mark.parametrize('impl', [*IMPLS, 'auto'])
-def test_golden_model_gradients(impl: str, checkpointing: bool):
-    model, tensors = golden_model(impl), vvt_tensors()
+def test_golden_model_gradients(checkpointing: bool):
+    model, tensors = golden_model(), vvt_tensors()
     model.set_grad_checkpointing(checkpointing)
     x = tensors['model/sq64/input'].clone().requires_grad_()
     model(x).backward(tensors['model/sq64/cotangent'])
@@ -183,14 +181,13 @@ def test_parameters(name: str, total: int, backbone: int, classes_100: int, tens
 
 # operations
 
-def closed_form(model: nn.Module, H: int, W: int, separable_from: float = math.inf) -> dict:
+def closed_form(model: nn.Module, H: int, W: int, by_axes_from: float = math.inf) -> dict:
     """Multiply-accumulates from shapes, the attention's denominators apart.
 
-    The authors count 8 N d r for the attention of a block. Numerators and denominators take the same products here,
-    a column of ones beside the values, so that the denominators are counted too.
+    The authors count 8 N d r for the attention of a block; sums of keys without values are additions of two tables
+    here, and denominators a column beside the values.
     """
     total = denominators = 0
-    N = None
     for i, stage in enumerate(model.stages):
         conv = (stage.downsample if i else model.patch_embed).proj
         H, W = (math.ceil(n / conv.stride[0]) for n in (H, W))
@@ -200,10 +197,11 @@ def closed_form(model: nn.Module, H: int, W: int, separable_from: float = math.i
             r, M = block.attn.reduced_dim, block.mlp.fc1.out_features
             d = r // block.attn.num_heads
             fpc = block.attn.fpc.fc1.out_features
-            if N < separable_from:
-                core, core_denominators = 8 * N * d * r, 8 * N * r
+            if N < by_axes_from:
+                core, core_denominators = 8 * N * d * r, 4 * N * r + 4 * N * r
             else:
-                core, core_denominators = 4 * N * d * r + 4 * (H + W) * d * r, 2 * N * r + 4 * (H + W) * r
+                core = 4 * N * d * r + 4 * (H + W) * d * r
+                core_denominators = 2 * N * r + 2 * (H + W) * r + 2 * (H + W) * r
             total += 4 * N * C * r + core + 2 * fpc * C + 2 * N * C * M + 9 * N * M
             denominators += core_denominators
     head = model.get_classifier()
@@ -219,31 +217,26 @@ def closed_form(model: nn.Module, H: int, W: int, separable_from: float = math.i
 ])
 def test_operations(name: str, size: int, expected: int):
     """To the unit the authors' count, of which 3.0, 5.6, 9.4 and 10.8 G at 224 px are published."""
-    model = create(name, attn_kwargs=dict(impl='features'))
-    form = closed_form(model, size, size)
-    assert form['total'] == expected
-    if size == 224 or name == 'vvt_tiny':  # the deep ones take seconds
-        assert count_macs(model, size, size) == form['total'] + form['denominators']
+    assert closed_form(create(name), size, size)['total'] == expected
 
 
-@pytest.mark.parametrize(('impl', 'separable_from'), [
-    ('features', math.inf), ('separable', 0), ('auto', SEPARABLE_FROM)])
-@pytest.mark.parametrize(('H', 'W'), [(128, 160), (75, 101)])
-def test_operations_of_each_form(impl: str, separable_from: float, H: int, W: int):
+@pytest.mark.parametrize(('H', 'W'), [(224, 224), (128, 160), (75, 101)])
+def test_operations_as_run(H: int, W: int):
+    """Large maps take half of the operations, through rows and columns."""
     for name, options in (('vvt_tiny', {}), ('vvt_nano', dict(fpc_reduction=4))):
-        model = create(name, attn_kwargs=dict(impl=impl, **options))
-        form = closed_form(model, H, W, separable_from)
+        model = create(name, attn_kwargs=options)
+        form = closed_form(model, H, W, ROWS_AND_COLUMNS_FROM_POSITIONS)
         assert count_macs(model, H, W) == sum(form.values())
 
 
 def test_operations_are_linear():
-    """In images, and in pixels but for the gate of each image."""
+    """In images, and in pixels but for what each image, row and column takes once."""
     model = create('vvt_nano')
     assert count_macs(model, 40, 24, batch=3) == 3 * count_macs(model, 40, 24)
-    model = create('vvt_tiny', num_classes=0, attn_kwargs=dict(impl='features'))
-    fpc = sum(2 * b.attn.fpc.fc1.weight.numel() for s in model.stages for b in s.blocks)
-    counts = [count_macs(model, n, n) for n in (256, 512)]
-    assert counts[1] - fpc == 4 * (counts[0] - fpc)
+    model = create('vvt_tiny', num_classes=0)
+    counts = [count_macs(model, n, n) for n in (256, 512, 1024)]
+    assert 3.9 < counts[1] / counts[0] <= 4
+    assert 3.95 < counts[2] / counts[1] <= 4
 
 
 # stochastic depth, norms, initialisation

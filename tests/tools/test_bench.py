@@ -1,51 +1,43 @@
 import csv
+import itertools
 import json
 import os
 import re
 import time
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from _bench import point
 
+from vitlinear.inference.optimize import STEPS
 from vitlinear.tools import cli, info
-from vitlinear.tools._script import UsageError
-from vitlinear.tools.bench import child, command, profile, report, rows, steps, workers
-from vitlinear.optimize import STEPS
+from vitlinear.tools.bench import child, command, profile, rows, steps, workers
 
 MODELS = '''
 import os, signal, time
-import torch
 from torch import nn
 
-class Slow(nn.Module):
-    def forward(self, x):
-        time.sleep(600)
-
-class Dies(nn.Module):
-    def forward(self, x):
-        os.kill(os.getpid(), signal.SIGKILL)
+class Do(nn.Module):
+    def __init__(self, what, *args):
+        super().__init__()
+        self.forward = lambda x: what(*args)
 
 def good(num_classes=2):
     return nn.Sequential(nn.Conv2d(3, 4, 2, 2), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
 
 def slow():
-    return Slow()
+    return Do(time.sleep, 600)
 
 def dies():
-    return Dies()
+    return Do(os.kill, os.getpid(), signal.SIGKILL)
 
 def bad():
     raise RuntimeError('no such thing\\nat all')
 '''
-PLACE = dict(cpu='a cpu', torch='1', timm='2', vitlinear='3', onnxruntime='')
-
-
-def point(**changes) -> dict:
-    return {**dict(
-        kind='model', model='a', kwargs='', mode='infer', runtime='eager', optimized='', memory_format='contiguous',
-        dtype='fp32', size=32, kernel=None, batch=1, threads=1, allocator='default', **PLACE), **changes}
 
 
 def order(folder: Path, **changes) -> dict:
@@ -66,8 +58,21 @@ def refused(capsys, *words) -> str:
     return err
 
 
+def read(path: Path) -> list[dict]:
+    with path.open(newline='') as f:
+        return list(csv.DictReader(f))
+
+
 def fail(*args, **kwargs):
     raise AssertionError('must not be called')
+
+
+@pytest.fixture(autouse=True)
+def same_threads() -> Iterator[None]:
+    """Steps set the number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
@@ -88,23 +93,20 @@ def nano(tmp_path_factory) -> Path:
 
 def test_rows(nano):
     """Text as it stands in the file, of inference in bfloat16 and of a training step, at the model's own size."""
-    with nano.open(newline='') as f:
-        found = list(csv.DictReader(f))
-    assert [row['mode'] for row in found] == ['infer', 'train']
-    assert tuple(found[0]) == rows.FIELDS
+    found = read(nano)
+    assert [row['mode'] for row in found] == ['infer', 'train'] and tuple(found[0]) == rows.FIELDS
     parameters, macs = info.count('vvt_nano')
+    said = dict(
+        kind='model', model='vvt_nano', runtime='eager', optimized='', dtype='bf16', size='32', batch='1', threads='1',
+        memory_format='contiguous', allocator='default', kernel='', rounds='2', status='ok', torch=torch.__version__,
+        timm=timm.__version__, onnxruntime='')
     for row in found:
-        assert (row['kind'], row['model'], row['runtime'], row['optimized']) == ('model', 'vvt_nano', 'eager', '')
-        assert (row['dtype'], row['size'], row['batch'], row['threads']) == ('bf16', '32', '1', '1')
-        assert (row['memory_format'], row['allocator'], row['kernel']) == ('contiguous', 'default', '')
+        assert {k: row[k] for k in said} == said and row['cpu'] and row['vitlinear']
         assert float(row['params_m']) == pytest.approx(parameters / 1e6, rel=1e-4)
         assert float(row['gmacs']) == pytest.approx(macs / 1e9, rel=1e-4)
         assert 0 < float(row['p25_ms']) <= float(row['median_ms']) <= float(row['p75_ms'])
         assert float(row['images_per_s']) == pytest.approx(1e3 / float(row['ms_per_image']), rel=1e-3)
         assert 100 < float(row['peak_mib']) < 4000
-        assert (row['rounds'], row['status'], row['torch'], row['timm']) == (
-            '2', 'ok', torch.__version__, timm.__version__)
-        assert row['cpu'] and row['vitlinear'] and row['onnxruntime'] == ''
     assert float(found[1]['median_ms']) > float(found[0]['median_ms'])
     assert not [p for p in nano.parent.iterdir() if p != nano]
 
@@ -112,23 +114,21 @@ def test_rows(nano):
 def test_resumes(nano, capsys, monkeypatch):
     """What is known is not measured again, unless it failed or belongs to other versions."""
     before = nano.read_bytes()
-    words = ('vvt_nano', '--dtypes', 'bf16', '--mode', 'infer', 'train')
+    words = ('vvt_nano', '--dtypes', 'bf16', '--mode', 'infer', 'train', '--out', nano)
     with monkeypatch.context() as m:
         m.setattr(command, 'Worker', fail)
-        assert bench(*words, '--out', nano) == 0
+        assert bench(*words) == 0
     assert nano.read_bytes() == before and '2 of 2 points' in capsys.readouterr().err
 
     asked = []
-    monkeypatch.setattr(command, 'measure', lambda peers, *args: asked.append([o['row']['mode'] for o in peers]))
-    assert bench(*words, '--out', nano, '--again') == 0
-    assert asked == [['infer'], ['train']]
+    monkeypatch.setattr(command, 'measure', lambda peers, *args: asked.extend(o['row']['mode'] for o in peers))
+    assert bench(*words, '--again') == 0
     table = rows.Table(nano)
-    table.add({**list(table.rows.values())[0], 'status': 'timeout after 1 s'})
-    assert bench(*words, '--out', nano) == 0
-    assert asked[2:] == [['infer']]
+    table.add({**next(iter(table.rows.values())), 'status': 'timeout after 1 s'})
+    assert bench(*words) == 0
     monkeypatch.setattr(timm, '__version__', '9')
-    assert bench(*words, '--out', nano) == 0
-    assert asked[3:] == [['infer'], ['train']]
+    assert bench(*words) == 0
+    assert asked == ['infer', 'train', 'infer', 'infer', 'train']
     nano.write_bytes(before)
 
 
@@ -137,25 +137,23 @@ def test_profile(tmp_path, capsys):
     path = tmp_path / 'profile.csv'
     assert bench('vvt_nano', '--sizes', 32, 64, '--profile', path) == 0
     assert 'vvt_nano infer fp32 size 64 batch 1 threads 1: ' in capsys.readouterr().out
-    with path.open(newline='') as f:
-        found = list(csv.DictReader(f))
-    assert tuple(found[0]) == (*profile.FIELDS_OF_POINT, *profile.FIELDS_OF_OPERATOR)
+    found = read(path)
+    assert tuple(found[0]) == profile.FIELDS
     model = timm.create_model('vvt_nano')
     for size in ('32', '64'):
         mine = {row['operator']: row for row in found if row['size'] == size}
+        shares = {name: float(row['share']) for name, row in mine.items()}
         assert profile.OUTSIDE in mine and any('depthwise' in name for name in mine)
-        assert sum(float(row['share']) for row in mine.values()) == pytest.approx(1, abs=.02)
+        assert sum(shares.values()) == pytest.approx(1, abs=.02)
         ms = [float(row['ms']) for row in mine.values()]
         assert ms == sorted(ms, reverse=True) and ms[-1] > 0
-        rest = {profile.OTHERS, profile.OUTSIDE}
-        assert all(float(row['share']) >= profile.LEAST for name, row in mine.items() if name not in rest)
-        norms = mine['native_layer_norm']
-        assert int(norms['calls']) == sum(isinstance(m, torch.nn.LayerNorm) for m in model.modules())
-    assert bench('vvt_nano', '--sizes', 64, '--profile', path) == 0
-    with path.open(newline='') as f:
-        again = list(csv.DictReader(f))
-    assert [r for r in again if r['size'] == '32'] == [r for r in found if r['size'] == '32']
-    assert len({(r['size'], r['operator']) for r in again}) == len(again)
+        assert all(share >= profile.LEAST for name, share in shares.items()
+                   if name not in (profile.OTHERS, profile.OUTSIDE))
+        depthwise = sum(isinstance(m, torch.nn.Conv2d) and m.groups > 1 for m in model.modules())
+        assert sum(int(row['calls']) for name, row in mine.items() if 'depthwise' in name) == depthwise
+    row = dict(point(model='vvt_nano', size=64), **{k: found[0][k] for k in ('cpu', 'torch')})
+    profile.add(path, row, [dict(operator='mm', calls=1, ms=1., share=1.)])
+    assert read(path)[:-1] == [r for r in found if r['size'] == '32'] and read(path)[-1]['operator'] == 'mm'
     path.write_text('a,b\n1,2\n')
     assert str(path) in refused(capsys, 'vvt_nano', '--profile', path) and path.read_text() == 'a,b\n1,2\n'
     assert '.csv' in refused(capsys, 'vvt_nano', '--profile', tmp_path / 'profile.json')
@@ -164,26 +162,20 @@ def test_profile(tmp_path, capsys):
 def test_failures(also, tmp_path, capsys):
     """They are rows of their own, and the others go on."""
     out = tmp_path / 'out.json'
-    words = [f'{also}:{name}' for name in ('bad', 'good', 'dies')]
-    assert bench('--also', *words, '--sizes', 8, '--batches', 3, '--out', out) == 1
+    words = [f'{also}:{name}' for name in ('bad', 'good', 'dies', 'slow')]
+    assert bench('--also', *words, '--sizes', 8, '--batches', 3, '--timeout', 5, '--out', out) == 1
     found = {row['model']: row for row in json.loads(out.read_text())}
     assert {name: row['status'] for name, row in found.items()} == {
-        'zoo:bad': 'RuntimeError: no such thing', 'zoo:good': 'ok', 'zoo:dies': 'killed by SIGKILL'}
+        'zoo:bad': 'RuntimeError: no such thing', 'zoo:good': 'ok', 'zoo:dies': 'killed by SIGKILL',
+        'zoo:slow': 'timeout after 5 s'}
     assert found['zoo:bad']['median_ms'] is None and found['zoo:dies']['rounds'] is None
     good = found['zoo:good']
     assert tuple(good) == rows.FIELDS and (good['kernel'], good['onnxruntime']) == (None, None)
     assert good['ms_per_image'] == pytest.approx(good['median_ms'] / 3, rel=1e-3)
     assert good['gmacs'] * 1e9 == pytest.approx(4 * 4 * 3 * 4 * 4 + 4 * 2) and good['params_m'] * 1e6 == 62
     told = capsys.readouterr()
-    assert '2 of 3 points failed' in told.err and 'zoo:good' in told.out
-    assert rows.read_rows(out) == [{k: '' if k in ('kwargs', 'optimized', 'onnxruntime') else v for k, v in row.items()}
-                                   for row in json.loads(out.read_text())]
-
-
-def test_timeout(also, tmp_path):
-    out = tmp_path / 'out.csv'
-    assert bench('--also', f'{also}:slow', '--sizes', 8, '--timeout', 1.5, '--out', out) == 1
-    assert rows.read_rows(out)[0]['status'] == 'timeout after 1.5 s'
+    assert '3 of 4 points failed' in told.err and 'zoo:good' in told.out
+    assert len(rows.read_rows(out)) == 4
 
 
 def test_interrupt(also, tmp_path, monkeypatch):
@@ -210,15 +202,13 @@ def test_waiting_takes_no_time(also, tmp_path):
         fields = Path(f'/proc/{worker.process.pid}/stat').read_text().rpartition(')')[2].split()
         return (int(fields[11]) + int(fields[12])) / os.sysconf('SC_CLK_TCK')
 
-    try:
+    with closing(worker):
         worker.prepare()
         worker.turn()
         assert worker.reason is None
         before = used()
         time.sleep(1.)
         assert used() - before < .5
-    finally:
-        worker.close()
 
 
 def test_other_kinds(tmp_path, monkeypatch, capsys):
@@ -231,45 +221,41 @@ def test_other_kinds(tmp_path, monkeypatch, capsys):
     assert list(found) == ['ceilinggemm', 'ceilingcopy', 'corevicinity', 'layerqna']
     assert all(row['status'] == 'ok' and row['allocator'] == 'kept' for row in found.values())
     assert found['ceilinggemm']['gmacs'] == pytest.approx(64 ** 3 / 1e9, rel=1e-4)
-    core, layer = found['corevicinity'], found['layerqna']
-    assert (core['size'], core['kwargs'], core['kernel']) == (12, 'dim=64', None) and core['gmacs'] > 0
-    assert (layer['size'], layer['kwargs'], layer['kernel']) == (8, 'dim=64', 3) and layer['params_m'] > 0
-    assert 0 <= core['peak_mib'] < 100 and 0 <= layer['peak_mib'] < 100
+    for row, size, kernel in ((found['corevicinity'], 12, None), (found['layerqna'], 8, 3)):
+        assert (row['size'], row['kwargs'], row['kernel']) == (size, 'dim=64', kernel)
+        assert row['gmacs'] > 0 and 0 <= row['peak_mib'] < 100
     assert 'GB/s in copies of 1 MiB' in capsys.readouterr().out
 
 
-def test_onnxruntime(also, tmp_path):
+def test_onnxruntime(tmp_path):
+    """It runs the function of our model."""
     for name in ('onnx', 'onnxscript', 'onnxruntime'):
-        pytest.importorskip(name)
+        runtime = pytest.importorskip(name)
     out = tmp_path / 'out.csv'
-    assert bench('--also', f'{also}:good', '--sizes', 8, '--runtimes', 'onnxruntime', '--out', out) == 0
+    assert bench('vvt_nano', '--runtimes', 'onnxruntime', '--out', out) == 0
     row, = rows.read_rows(out)
     assert row['runtime'] == 'onnxruntime' and re.match(r'\d+\.\d+', row['onnxruntime']) and row['median_ms'] > 0
 
-
-def test_export(tmp_path):
-    """The model that onnxruntime runs has the function of ours: learned queries, the least usual operators."""
-    pytest.importorskip('onnxscript')
-    runtime = pytest.importorskip('onnxruntime')
-    given = order(tmp_path, kind='layer', model='qna', size=5, kernel=3, kwargs=dict(dim=32))
+    given, path = order(tmp_path, kind='layer', model='qna', size=5, kernel=3, kwargs=dict(dim=32)), tmp_path / 'a.onnx'
     torch.manual_seed(0)
-    steps.export_onnx(given, str(tmp_path / 'a.onnx'))
+    steps.export_onnx(given, str(path))
     torch.manual_seed(0)
     layer, shape = steps.build(given, torch.device('cpu'), torch.float32)
     x = torch.rand(1, *shape)
-    session = runtime.InferenceSession(tmp_path / 'a.onnx', providers=['CPUExecutionProvider'])
-    out = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
+    session = runtime.InferenceSession(path, providers=['CPUExecutionProvider'])
+    out, = session.run(None, {session.get_inputs()[0].name: x.numpy()})
     torch.testing.assert_close(torch.from_numpy(out), layer.eval()(x).detach(), rtol=1e-3, atol=1e-4)
 
 
 # turns
 
 class Fake:
-    """A worker of which every pass takes so many milliseconds."""
+    """A worker of which every pass takes so many milliseconds; one that dies does so beside others."""
 
-    def __init__(self, name: str, told: list, ms: float = 1., peak_mib: float = 0., dies: int = 0):
-        self.order, self.row, self.told, self.each = name, name, told, ms
-        self.reason, self.ms, self.peak_mib, self.dies = None, [], peak_mib, dies
+    def __init__(self, name: str, told: list, ms: float = 1., dies: bool = False):
+        self.order = self.row = name
+        self.told, self.each, self.dies = told, ms, dies
+        self.reason, self.ms, self.peak_mib = None, [], 100.
 
     def prepare(self):
         self.told.append(f'prepare {self.row}')
@@ -277,8 +263,7 @@ class Fake:
     def turn(self):
         self.told.append(self.row)
         self.ms.append(self.each)
-        if self.dies:
-            self.reason = workers.KILLED
+        self.reason = workers.KILLED if self.dies else None
 
     def result(self):
         return dict(model=self.row, status=self.reason or 'ok', ms=self.ms)
@@ -287,37 +272,38 @@ class Fake:
         self.told.append(f'close {self.row}')
 
 
-def test_turns():
+@pytest.mark.parametrize('fakes, rounds, seconds, order', [
+    (dict(a={}, b={}, c=dict(dies=True)), 3, 1e9, 'abcabab'),
+    (dict(a=dict(ms=400.), b=dict(ms=2000.)), 5, 1., 'abaa')])
+def test_turns(fakes, rounds, seconds, order):
     told = []
-    a, b, c = Fake('a', told), Fake('b', told), Fake('c', told, dies=1)
-    workers.take_turns([a, b, c], 3, 1e9)
-    assert told == [*'abc', *'ab', *'ab']
-    told.clear()
-    a, b = Fake('a', told, ms=400.), Fake('b', told, ms=2000.)
-    workers.take_turns([a, b], 5, 1.)
-    assert told == [*'ab', *'a', *'a']
+    workers.take_turns([Fake(name, told, **kwargs) for name, kwargs in fakes.items()], rounds, seconds)
+    assert ''.join(told) == order
+
+
+def measure(free: float | None, make, one_at_a_time: bool, monkeypatch) -> list[tuple[str, str]]:
+    emitted = []
+    monkeypatch.setattr(workers, 'free_mib', lambda: free)
+    workers.measure('ABC', make, 2, 1e9, one_at_a_time, emitted.append, int)
+    return [(row['model'], row['status']) for row in emitted]
 
 
 @pytest.mark.parametrize('one_at_a_time, free, groups', [
     (False, None, ['ABC']), (False, 1000., ['ABC']), (True, 1000., ['A', 'B', 'C']), (False, 119., ['A', 'B', 'C'])])
 def test_groups(one_at_a_time, free, groups, monkeypatch):
     """As many at a time as there is memory for, or one."""
-    told, emitted = [], []
-    monkeypatch.setattr(workers, 'free_mib', lambda: free)
-    workers.measure('ABC', lambda name: Fake(name, told, peak_mib=100.), 2, 1e9, one_at_a_time, emitted.append, int)
-    expected = []
+    told, expected = [], []
+    found = measure(free, lambda name: Fake(name, told), one_at_a_time, monkeypatch)
     for group in groups:
         expected += [f'prepare {name}' for name in group] + [*group] * 2 + [f'close {name}' for name in group]
-    assert told == expected and [row['model'] for row in emitted] == [*'ABC']
+    assert told == expected and found == [(name, 'ok') for name in 'ABC']
 
 
 def test_killed_beside_others_is_tried_alone(monkeypatch):
-    told, emitted = [], []
-    monkeypatch.setattr(workers, 'free_mib', lambda: None)
-    workers.measure(
-        'AB', lambda name: Fake(name, told, dies=name == 'A' and 'close A' not in told), 1, 1e9, False, emitted.append,
-        int)
-    assert [(row['model'], row['status']) for row in emitted] == [('B', 'ok'), ('A', 'ok')]
+    told = []
+    found = measure(
+        None, lambda name: Fake(name, told, dies=name == 'A' and 'close A' not in told), False, monkeypatch)
+    assert found == [('B', 'ok'), ('C', 'ok'), ('A', 'ok')]
 
 
 def test_environment(monkeypatch):
@@ -335,18 +321,21 @@ def test_environment(monkeypatch):
 def test_cores_and_layers_run(kind: str, name: str, mode: str, tmp_path):
     given = order(tmp_path, kind=kind, model=name, mode=mode, dtype='bf16', batch=2, size=6,
                   kernel=3 if kind == 'layer' else None, kwargs=dict(dim=64))
-    threads = torch.get_num_threads()
-    try:
-        steps.make_step(given)()
-    finally:
-        torch.set_num_threads(threads)
-    if (kind, name) != ('core', 'qna'):  # which torch.autocast keeps from the device 'meta'
-        assert steps.count(given)['gmacs'] > 0
+    steps.make_step(given)()
+    assert steps.count(given)['gmacs'] > 0
+
+
+@pytest.mark.parametrize('name', ['shift', 'unfold'])
+def test_learned_queries_are_evaluated_alike(name: str):
+    layers = [steps.LAYERS[key](32, 3).eval() for key in ('qna', name)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    x = torch.rand(2, 5, 6, 32)
+    torch.testing.assert_close(layers[1](x), layers[0](x), rtol=1e-3, atol=1e-5)
 
 
 def test_core_is_attention():
     """Of queries, keys and values as a projection leaves them."""
-    core, shape = steps.CORES['softmax'](6, 2, torch.float32)
+    core, shape = steps.build_core('softmax', 6, 2, torch.float32)
     x = torch.rand(3, *shape)
     q, k, v = (x[:, :, i].transpose(1, 2) for i in range(3))
     expected = (q @ k.transpose(2, 3) / 8).softmax(-1) @ v
@@ -363,20 +352,16 @@ def test_count_by_hand(tmp_path):
     assert steps.count(given)['gmacs'] * 1e9 == pytest.approx(macs, rel=1e-9)
 
     n, heads = 64, 2
-    core = steps.count(order(tmp_path, kind='core', model='softmax', size=n, kwargs=dict(dim=128)))
-    assert core['gmacs'] * 1e9 == pytest.approx(2 * heads * n * n * 64)
-    core = steps.count(order(tmp_path, kind='core', model='linear', size=n, kwargs=dict(dim=128)))
-    assert core['gmacs'] * 1e9 == pytest.approx(heads * (2 * n * 64 * 64 + n * 64))  # k^T v, q (k^T v), denominators
+    # of linear attention: k^T v, q (k^T v) and the denominators
+    for name, macs in (('softmax', 2 * heads * n * n * 64), ('linear', heads * (2 * n * 64 * 64 + n * 64))):
+        core = steps.count(order(tmp_path, kind='core', model=name, size=n, kwargs=dict(dim=128)))
+        assert core['gmacs'] * 1e9 == pytest.approx(macs)
 
 
 def test_train_step_has_gradients(tmp_path, monkeypatch):
     model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 3))
     monkeypatch.setattr(steps, 'build_model', lambda order: (model, (3, 2, 2)))
-    threads = torch.get_num_threads()
-    try:
-        steps.make_step(order(tmp_path, mode='train', dtype='bf16'))()
-    finally:
-        torch.set_num_threads(threads)
+    steps.make_step(order(tmp_path, mode='train', dtype='bf16'))()
     assert model[1].weight.dtype == torch.float32 and model[1].weight.grad.abs().sum() > 0
 
 
@@ -384,29 +369,19 @@ def test_train_step_has_gradients(tmp_path, monkeypatch):
 def test_optimized_and_compiled(tmp_path, monkeypatch, optimized, done):
     given = []
     monkeypatch.setattr(torch, 'compile', lambda model: given.append(model) or model)
-    threads = torch.get_num_threads()
-    try:
-        steps.make_step(order(
-            tmp_path, model='castling_nano', optimized=optimized, runtime='compile', memory_format='channels_last'))()
-    finally:
-        torch.set_num_threads(threads)
+    steps.make_step(order(
+        tmp_path, model='castling_nano', optimized=optimized, runtime='compile', memory_format='channels_last'))()
     model, = given
     assert tuple(name for name, _ in model.optimized) == done and not model.training
 
 
-def test_each_step(monkeypatch):
-    """A model as it is and with one step more at a time, taking turns with its peers."""
-    turns = []
-
-    def measure(peers, *args):
-        turns.append([(o['row']['model'], o['row']['dtype'], o['row']['optimized']) for o in peers])
-
-    monkeypatch.setattr(command, 'measure', measure)
-    assert bench('vvt_nano', 'qna_vit_nano', '--dtypes', 'fp32', 'bf16', '--optimize', 'each') == 0
-    steps_done = ['', *('+'.join(STEPS[:n]) for n in range(1, len(STEPS))), 'all']
-    assert turns == [
-        [(model, dtype, done) for model in ('vvt_nano', 'qna_vit_nano') for done in steps_done]
-        for dtype in ('fp32', 'bf16')]
+def test_each_step():
+    """A model as it is and with one step more at a time, beside its peers."""
+    args = command.build_parser().parse_args(
+        ['vvt_nano', 'qna_vit_nano', '--dtypes', 'fp32', 'bf16', '--optimize', 'each'])
+    done = ['', *('+'.join(STEPS[:n]) for n in range(1, len(STEPS))), 'all']
+    assert [tuple(o['row'][k] for k in ('dtype', 'model', 'optimized')) for o in command.plan(args)] == [
+        *itertools.product(('fp32', 'bf16'), ('vvt_nano', 'qna_vit_nano'), done)]
 
 
 def test_added_memory():
@@ -416,72 +391,6 @@ def test_added_memory():
         kept.append(torch.ones(16 * 2 ** 18))
 
     assert 14 < child.added(step) < 40
-
-
-# rows
-
-def test_files_keep_types(tmp_path):
-    row = rows.measured(point(size=224, kernel=3, batch=2), [3., 1., 2.], params_m=1.23456789, gmacs=None, peak_mib=5.)
-    assert (row['median_ms'], row['p25_ms'], row['p75_ms'], row['rounds']) == (2., 1.5, 2.5, 3)
-    assert (row['ms_per_image'], row['images_per_s'], row['params_m']) == (1., 1000., 1.2346)
-    for name in ('a.csv', 'a.json'):
-        table = rows.Table(tmp_path / name)
-        table.add(row)
-        table.add(rows.failed(point(size=512), 'a, "reason"'))
-        table.add(rows.failed(point(size=512), 'another'))
-        again = rows.read_rows(tmp_path / name)
-        assert again == list(table.rows.values()) and [r['status'] for r in again] == ['ok', 'another']
-        assert rows.Table(tmp_path / name).get(row) == row
-    assert sorted(p.name for p in tmp_path.iterdir()) == ['a.csv', 'a.json']
-
-
-def test_a_file_that_cannot_be_replaced_stays(tmp_path, monkeypatch):
-    table = rows.Table(tmp_path / 'a.csv')
-    before = table.path.read_bytes()
-
-    def full(*args):
-        raise OSError(28, 'No space left on device')
-
-    monkeypatch.setattr(os, 'replace', full)
-    with pytest.raises(UsageError, match='a.csv cannot be written: No space left'):
-        table.add(rows.failed(point(), 'reason'))
-    assert table.path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ['a.csv']
-
-
-def test_exponents():
-    curve = [
-        rows.measured(point(size=s), [s ** 3.], gmacs=None, params_m=None, peak_mib=5. * s ** 2)
-        for s in (512, 128, 256)]
-    alone = rows.measured(point(model='b'), [1.], gmacs=None, params_m=None, peak_mib=1.)
-    line, = report.exponents([*curve, alone, rows.failed(point(size=64), 'reason')])
-    assert line.startswith('a infer fp32 batch 1 threads 1: ') and 'from 128 to 512 px' in line
-    assert line.endswith('time 1.500, peak memory 1.000')
-
-
-def test_crossovers():
-    times = dict(
-        softmax=[.01, .16, 2.56], cheap=[.005, .01, .02], dear=[1., 2., 4.], linear=[.08, .32, 1.28],
-        other=[1., 2., 4.])
-    found = [
-        rows.measured(point(kind='core', model=name, size=n, threads=2 if name == 'other' else 1), [ms])
-        for name, ours in times.items() for n, ms in zip((16, 64, 256), ours)]
-    lines = [line.partition(' infer fp32 batch 1 threads 1: ') for line in report.crossovers(found)]
-    assert [(name, text) for name, _, text in lines] == [
-        ('cheap', 'faster than softmax from about 16 tokens on'),
-        ('dear', 'faster than softmax at none of the largest sizes, 16 to 256 tokens'),
-        ('linear', 'faster than softmax from about 130 tokens on')]  # half-way between 64 and 256
-
-
-def test_shares():
-    gemm = rows.measured(point(kind='ceiling', model='gemm', mode='', size=1000), [1.], gmacs=1.)
-    other = {**gemm, 'threads': 2}
-    model = rows.measured(point(), [10.], gmacs=1., params_m=1., peak_mib=None)
-    train = {**model, 'mode': 'train'}
-    lines = report.shares([model, train, {**model, 'dtype': 'bf16'}], [gemm, other])
-    assert lines[0] == 'ceiling, fp32 threads 1: 2 TFLOP/s in products of 1000 x 1000 matrices' and len(lines) == 4
-    assert lines[1].startswith('Share of the ceiling: 2 x MACs / time')
-    assert [line.partition(': ')[2] for line in lines[2:]] == ['0.2 TFLOP/s, 10 % of 2', '0.6 TFLOP/s, 30 % of 2']
-    assert report.shares([model], [other]) == []
 
 
 # the command
@@ -498,6 +407,7 @@ def test_shares():
     (['vvt_nano', '--optimize', 'fuze'], '--optimize fuze: not one of castling, fuse, '),
     (['vvt_nano', '--optimize', 'each', 'fuse'], "--optimize each fuse: 'each' goes with no other"),
     (['vvt_nano', '--mode', 'train', '--runtimes', 'onnxruntime'], '--runtimes onnxruntime: for --mode infer'),
+    (['vvt_nano', '--runtimes', 'onnxruntime'], 'onnxscript not found, pip install vitlinear[export]'),
     (['vvt_nano', '--device', 'cuda:99'], 'cuda:99'),
     (['vvt_nano', '--out', 'a.txt'], '--out a.txt: must be a file that ends in .csv or .json'),
     (['--also', 'nowhere:a:b', '--sizes', '8'], '--also nowhere:a:b: must be PATH:MODULE:NAME'),
@@ -507,17 +417,14 @@ def test_shares():
     (['--plot', 'a.csv'], '--plot: give a folder for the plots with --out'),
 ])
 def test_mistakes(words, told, capsys, monkeypatch, tmp_path):
-    pytest.importorskip('onnxruntime') if 'onnxruntime' in words else None
+    if 'onnxruntime' in words and 'not found' not in told:
+        pytest.importorskip('onnxruntime')
     monkeypatch.setattr(command, 'Worker', fail)
     monkeypatch.chdir(tmp_path)
+    if 'not found' in told:
+        monkeypatch.setattr(command, 'find_spec', lambda name: None if name == 'onnxscript' else True)
     assert told in refused(capsys, *words)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_onnxruntime_is_an_extra(capsys, monkeypatch):
-    monkeypatch.setattr(command, 'find_spec', lambda name: None if name == 'onnxscript' else True)
-    err = refused(capsys, 'vvt_nano', '--runtimes', 'onnxruntime')
-    assert 'onnxscript not found, pip install vitlinear[export]' in err
 
 
 def test_files_of_others(capsys, tmp_path):
@@ -528,14 +435,11 @@ def test_files_of_others(capsys, tmp_path):
         assert (tmp_path / name).read_text() == text
 
 
-def test_patterns():
-    names = command.find_models(['vvt_*', 'vvt_nano', 'resnet18'])
-    assert names == [*timm.list_models('vvt_*'), 'resnet18'] and 'vvt_nano' in names
-
-
 def test_plan(capsys, monkeypatch):
     """Peers side by side: what differs in the model alone."""
     monkeypatch.setattr(command, 'version', lambda name: '1.0')  # an extra, which need not be there
+    names = command.find_models(['vvt_*', 'vvt_nano', 'resnet18'])
+    assert names == [*timm.list_models('vvt_*'), 'resnet18'] and 'vvt_nano' in names
     args = command.build_parser().parse_args([
         'vvt_nano', 'castling_nano', '--sizes', '32', '64', '--mode', 'infer', 'train', '--runtimes', 'eager',
         'onnxruntime', '--channels-last', '--threads', '1', '2', '--model-kwargs', 'num_classes=3'])
@@ -555,5 +459,5 @@ def test_plot_is_passed_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command.plot, 'plot', lambda found, folder: given.append((found, folder)) or [folder / 'b.svg'])
     assert cli.main(['bench', '--plot', str(tmp_path / 'a.json'), '--out', str(tmp_path / 'plots')]) == 0
     (row,), folder = given[0]
-    assert (row['model'], row['median_ms'], row['kernel'], folder) == ('a', '1.0', '', tmp_path / 'plots')
+    assert (row['model'], row['median_ms'], row['kernel'], folder) == ('a', 1., None, tmp_path / 'plots')
     assert capsys.readouterr().out == f'{tmp_path}/plots/b.svg\n'

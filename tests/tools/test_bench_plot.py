@@ -4,22 +4,21 @@ import sys
 from pathlib import Path
 
 import pytest
+from _bench import point
 
 from vitlinear.tools import info
 from vitlinear.tools.bench import plot as module
 from vitlinear.tools.bench.plot import find_crossover, fit_exponent, plot
+from vitlinear.tools.bench.rows import measured, read_rows
 
 pytest.importorskip('matplotlib')
-PLACE = dict(cpu='a machine', torch='2.0', timm='1.0', vitlinear='0.1', status='ok')
+NAME = 'latency_infer_fp32_batch1_2threads_default'
 
 
-def row(model: str, size: int, ms: float, **more) -> dict:
+def row(model: str, size: int, ms: float, status: str = 'ok', peak_mib: float = 100., **more) -> dict:
     """One of `vitlinear bench`, as read from its file."""
-    known = dict(
-        kind='model', model=model, kwargs='', mode='infer', runtime='eager', optimized='', memory_format='contiguous',
-        dtype='fp32', size=size, kernel='', batch=1, threads=2, allocator='default', median_ms=ms, p25_ms=.9 * ms,
-        p75_ms=1.2 * ms, **PLACE)
-    return {key: str(value) for key, value in {**known, **more}.items()}
+    return {**measured(point(**{'model': model, 'size': size, 'threads': 2, **more}), [ms], peak_mib=peak_mib),
+            'p25_ms': .9 * ms, 'p75_ms': 1.2 * ms, 'median_ms': ms, 'status': status}
 
 
 def rows_of(exponents: dict, sizes=(224, 512, 1024), **more) -> list:
@@ -64,13 +63,13 @@ def test_crossover(ours, theirs, tokens):
 def test_a_figure_for_each_condition(tmp_path):
     rows = rows_of(dict(vvt_tiny=1.), dtype='bf16') + rows_of(dict(vvt_tiny=1.), mode='train', batch=8)
     rows += rows_of(dict(vvt_tiny=1.), runtime='compile', optimized='all', memory_format='channels_last', threads=1)
-    assert names(plot(rows, tmp_path / 'new', ['png'])) == [
-        f'{what}_{condition}.png' for what in ('latency', 'memory') for condition in (
+    assert names(plot(rows, tmp_path / 'new')[::2]) == [
+        f'{what}_{condition}.svg' for what in ('latency', 'memory') for condition in (
             'infer_bf16_batch1_2threads_default',
             'infer_fp32_batch1_1thread_default_compile_channels_last_optimizedall',
             'train_fp32_batch8_2threads_default')]
     rows = rows_of(dict(vvt_tiny=1.)) + rows_of(dict(vvt_tiny=1.), cpu='another machine')
-    assert len(plot(rows, tmp_path / 'two', ['png'])) == 4
+    assert len(plot(rows, tmp_path / 'two')) == 8
 
 
 def test_same_rows_same_files(tmp_path):
@@ -84,15 +83,14 @@ def test_same_rows_same_files(tmp_path):
 
 
 def test_lines_and_their_exponents(figures, tmp_path):
-    rows = rows_of(dict(vvt_tiny=1., vvt_small=1., resnet18=1.5)) + [
+    rows = rows_of(dict(vvt_tiny=2., vvt_small=1., resnet18=1.5)) + rows_of(dict(vvt_tiny=1.)) + [
         row('vvt_large', 224, 9.), row('vvt_medium', 224, 5.), row('vvt_medium', 512, 7., status='out of memory')]
     plot(rows, tmp_path)
-    said = texts(figures['latency_infer_fp32_batch1_2threads_default'])
+    said, ax = texts(figures[NAME]), figures[NAME].axes[0]
     assert said.count('1.00') == 2 and said.count('1.50') == 1
     assert 'inference, float32, batch 1, 2 threads' in said
-    assert 'a machine; torch 2.0, timm 1.0, vitlinear 0.1' in said
+    assert 'a cpu; torch 1, timm 2, vitlinear 3' in said
     assert not {'vvt_large', 'vvt_medium'} & set(said)  # of one size each
-    ax = figures['latency_infer_fp32_batch1_2threads_default'].axes[0]
     assert ax.get_xscale() == ax.get_yscale() == 'log' and ax.get_ylabel().endswith('(ms)')
     assert [tick.get_text() for tick in ax.get_xticklabels()] == ['224\u00b2', '512\u00b2', '1024\u00b2']
     assert {len(line.get_xdata()) for line in ax.lines} == {3}
@@ -102,12 +100,7 @@ def test_lines_and_their_exponents(figures, tmp_path):
 
 def test_batches_are_told_by_image(figures, tmp_path):
     plot([row('vvt_tiny', 224, 40., batch=4), row('vvt_tiny', 448, 160., batch=4)], tmp_path)
-    assert list(figures['latency_infer_fp32_batch4_2threads_default'].axes[0].lines[0].get_ydata()) == [10., 40.]
-
-
-def test_the_later_row_holds(figures, tmp_path):
-    plot(rows_of(dict(vvt_tiny=1.)) + rows_of(dict(vvt_tiny=1.5)), tmp_path)
-    assert '1.50' in texts(figures['latency_infer_fp32_batch1_2threads_default'])
+    assert list(figures[NAME.replace('batch1', 'batch4')].axes[0].lines[0].get_ydata()) == [10., 40.]
 
 
 @pytest.mark.parametrize('count', [2, 12, 30])
@@ -139,7 +132,7 @@ def test_families_have_hues_and_peers_are_grey():
 
 
 def test_cores(figures, tmp_path):
-    assert names(plot(core_rows(), tmp_path, ['svg'])) == ['cores_infer_fp32_batch1_2threads_default.svg']
+    assert names(plot(core_rows(), tmp_path)[:1]) == ['cores_infer_fp32_batch1_2threads_default.svg']
     figure, = figures.values()
     said, ax = texts(figure), figure.axes[0]
     assert '260 tokens' in said and 'linear' not in said and said[0].endswith('dim=128')
@@ -151,7 +144,7 @@ def test_accuracy_says_whose(figures, tmp_path):
     ours = [row('vvt_nano.fashion_mnist', 32, 2.), row('qna_vit_nano.fashion_mnist', 28, 3.)]
     theirs = [row('vvt_tiny', 224, 40.), row('vvt_small', 224, 80.), row('vvt_small', 512, 300.)]
     unknown = [row('resnet18', 224, 9.), row('gkvit_tiny', 224, 9.), row('vvt_large', 224, 9., kwargs='a=1')]
-    plot(ours + theirs + unknown, tmp_path, ['svg'])
+    plot(ours + theirs + unknown, tmp_path)
     for name, hollow, told in (('fashion-mnist', False, 'measured by us'), ('imagenet-1k', True, 'not measured here')):
         ax = figures[f'accuracy_{name}_infer_fp32_batch1_2threads_default'].axes[0]
         points = [line for line in ax.lines if line.get_marker() != 'None']
@@ -163,19 +156,15 @@ def test_accuracy_says_whose(figures, tmp_path):
 
 
 @pytest.mark.parametrize('rows', [
-    [], [row('vvt_tiny', 224, 9.)], [dict(model='vvt_tiny', size='224', median_ms='')],
-    rows_of(dict(vvt_tiny=1.), status='failed'), [r for r in core_rows() if r['model'] != 'softmax'],
-    rows_of(dict(gemm=1.), kind='ceiling')])
+    [], [row('vvt_tiny', 224, 9.)], rows_of(dict(vvt_tiny=1.), status='failed'),
+    [r for r in core_rows() if r['model'] != 'softmax'], rows_of(dict(gemm=1.), kind='ceiling')])
 def test_rows_that_allow_nothing(tmp_path, rows):
     with pytest.raises(ValueError, match=f'^{len(rows)} rows allow no plot'):
         plot(rows, tmp_path / 'new')
     assert not (tmp_path / 'new').exists()
 
 
-def test_mistakes(tmp_path, monkeypatch):
-    for formats in ((), ('gif',)):
-        with pytest.raises(ValueError, match='formats=.* must be some of svg, png'):
-            plot(rows_of(dict(vvt_tiny=1.)), tmp_path, formats)
+def test_matplotlib_is_an_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
     with pytest.raises(ImportError, match=r"pip install 'vitlinear\[bench\]'"):
         plot(rows_of(dict(vvt_tiny=1.)), tmp_path)
@@ -183,7 +172,7 @@ def test_mistakes(tmp_path, monkeypatch):
 
 def test_disk_full(tmp_path, monkeypatch):
     from matplotlib.figure import Figure
-    path = plot(rows_of(dict(vvt_tiny=1.)), tmp_path, ['svg'])[0]
+    path = plot(rows_of(dict(vvt_tiny=1.)), tmp_path)[0]
     before = path.read_bytes()
 
     def full(self, file, **kwargs):
@@ -192,18 +181,15 @@ def test_disk_full(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Figure, 'savefig', full)
     with pytest.raises(OSError, match='No space left'):
-        plot(rows_of(dict(vvt_tiny=2.)), tmp_path, ['svg'])
+        plot(rows_of(dict(vvt_tiny=2.)), tmp_path)
     assert path.read_bytes() == before and not [p for p in tmp_path.iterdir() if p.name.startswith('.')]
 
 
-def test_published_results(figures, tmp_path):
-    """The files under results/, which have fewer columns."""
-    import csv
-    folder = Path(module.__file__).resolve().parents[3] / 'results'
-    if not folder.is_dir():
+@pytest.mark.parametrize('name, kinds', [
+    ('latency_zoo', {'latency'}), ('scaling_zoo', {'latency', 'memory'}), ('cores', {'cores'})])
+def test_published_results(figures, tmp_path, name: str, kinds: set[str]):
+    path = Path(module.__file__).resolve().parents[3] / 'results' / f'{name}.csv'
+    if not path.is_file():
         pytest.skip('not a checkout')
-    for name, kinds in (('latency_zoo', {'latency'}), ('scaling_zoo', {'latency', 'memory'}), ('cores', {'cores'})):
-        figures.clear()
-        with (folder / f'{name}.csv').open(newline='') as f:
-            plot(list(csv.DictReader(f)), tmp_path)
-        assert {stem.partition('_')[0] for stem in figures} >= kinds
+    plot(read_rows(path), tmp_path)
+    assert {stem.partition('_')[0] for stem in figures} >= kinds

@@ -104,8 +104,7 @@ def test_training_and_evaluation_commands(folder, monkeypatch):
         args = validate.build_parser().parse(argv[2:])
         assert args.pretrained and (args.model == folder.name or args.model.endswith(f':{folder.name}'))
     for argv in commands(card, '## Training'):
-        start = argv.index('vitlinear.tools.train') if 'vitlinear.tools.train' in argv else argv.index('train')
-        assert train.build_parser().parse(argv[start + 1:]).model == folder.name.partition('.')[0]
+        assert train.build_parser().parse(argv[argv.index('train') + 1:]).model == folder.name.partition('.')[0]
 
 
 def test_no_other_snippets(folder):

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from vitlinear.tools import cli
 from vitlinear.zoo._flax import is_flax, read_flax
-from vitlinear.tools.publish import folder_problems
+from vitlinear.tools._folders import folder_problems
 from vitlinear.zoo.records import read_record
 
 QNA = Path(__file__).parents[1] / 'golden' / 'qna'

@@ -74,10 +74,10 @@ def test_walk_settings(study):
     for changes in settings.values():
         model = small('gkvit_nano', **changes['model_kwargs'])
         layer = model.stages[1].blocks[-1].attn
-        architecture = tuple(map(len, (stage.blocks for stage in model.stages))), layer.shared_anchors
-        models.add((*architecture, layer.mode, layer.features, layer.init_beta, layer.init_temperature))
+        architecture = tuple(len(stage.blocks) for stage in model.stages)
+        models.add((architecture, layer.mode, layer.init_beta, layer.init_temperature))
         weights.setdefault(architecture, []).append(layer.qkv.weight)
-    assert len(models) == len(settings) and sorted(map(len, weights.values())) == [2, 2, 8]
+    assert len(models) == len(settings) and sorted(map(len, weights.values())) == [2, 7]
     for own in weights.values():
         assert all(torch.equal(w, own[0]) for w in own)
 
@@ -146,14 +146,14 @@ def test_castling(study, tmp_path, monkeypatch):
 
 def test_stops_where_training_fails(study, capsys):
     study.fails = 2
-    words = ['walk', '--settings', 'walk', 'elu', '--seeds', '1', '--epochs', '2']
+    words = ['walk', '--settings', 'walk', 't8', '--seeds', '1', '--epochs', '2']
     assert study.run(*words) == 3
     assert [row['setting'] for row in study.rows()] == ['walk']
-    assert 'elu, seed 1: training failed' in capsys.readouterr().err
+    assert 't8, seed 1: training failed' in capsys.readouterr().err
     study.fails = 0
     assert study.run(*words) == 0
-    assert [row['setting'] for row in study.rows()] == ['walk', 'elu']
-    assert study.commands[-1].model_kwargs == {'attn_kwargs': {'mode': 'walk', 'features': 'elu'}}
+    assert [row['setting'] for row in study.rows()] == ['walk', 't8']
+    assert study.commands[-1].model_kwargs == {'attn_kwargs': {'mode': 'walk', 'init_temperature': 8.}}
 
 
 def test_unknown_setting(study, capsys):

@@ -18,6 +18,8 @@ from timm.models import load_checkpoint
 from timm.utils import load_checkpoint_metadata
 
 from vitlinear.tools import _script, train, validate
+from vitlinear.tools._train_args import UNSUPPORTED
+from vitlinear.tools._train_data import posterize
 from vitlinear.tools.train import build_parser, main
 
 REPO = Path(__file__).parents[2]
@@ -213,10 +215,10 @@ def test_every_augmentation_policy_runs(data, policy):
 
 def test_posterize_to_no_bits_is_black():
     image = Image.new('RGB', (2, 2), (200, 100, 7))
-    assert train.posterize(image, 0).getpixel((0, 0)) == (0, 0, 0)
-    assert train.posterize(image, 1).getpixel((0, 0)) == (128, 0, 0)
-    assert train.posterize(image, 8) is image
-    assert train.posterize(image.convert('L'), 0).getpixel((1, 1)) == 0
+    assert posterize(image, 0).getpixel((0, 0)) == (0, 0, 0)
+    assert posterize(image, 1).getpixel((0, 0)) == (128, 0, 0)
+    assert posterize(image, 8) is image
+    assert posterize(image.convert('L'), 0).getpixel((1, 1)) == 0
 
 
 def test_unreadable_image_is_named_and_training_goes_on(tmp_path, caplog):
@@ -390,7 +392,7 @@ def test_packaged_configs_parse_and_name_existing_models(path, tmp_path):
     assert _script.find_config(path.stem).resolve() == path
     config = yaml.safe_load(path.read_text())
     if 'kd_model_name' in config:
-        with pytest.raises(_script.UsageError, match=r'kd_model_name .*python -m vitlinear.tools.run train.py'):
+        with pytest.raises(_script.UsageError, match=r'kd_model_name .*python -m vitlinear run train.py'):
             build_parser().parse(['--config', str(path)])
         path = tmp_path / path.name
         path.write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in DISTILLATION}))
@@ -521,7 +523,7 @@ def test_bad_configs_get_one_line(tmp_path, capsys, text, answer):
 
 
 def test_unsupported_keys_at_their_defaults_are_no_obstacle(tmp_path):
-    (tmp_path / 'c.yaml').write_text(yaml.safe_dump({**train.UNSUPPORTED, 'epochs': 3}))
+    (tmp_path / 'c.yaml').write_text(yaml.safe_dump({**UNSUPPORTED, 'epochs': 3}))
     assert build_parser().parse(['--config', str(tmp_path / 'c.yaml')]).epochs == 3
 
 
@@ -564,7 +566,7 @@ def test_unsupported_keys_at_their_defaults_are_no_obstacle(tmp_path):
     (['--castling-ramp', '.1', '.7'], '--castling-ramp 0.1 0.7: VisionTransformer has no layers with an auxiliary'),
     (['--castling-ramp', '.1'], 'expected 2 arguments'),
     (['--kd-model-name', 'resnet50'], "--kd-model-name belongs to timm's train.py"),
-    (['--naflex-loader'], 'python -m vitlinear.tools.run train.py'),
+    (['--naflex-loader'], 'python -m vitlinear run train.py'),
     (['--mixupp', '1'], 'unknown flag --mixupp, did you mean --mixup'),
 ])
 def test_mistakes_get_one_line(data, tmp_path, capsys, extra, answer):

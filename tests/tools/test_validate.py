@@ -9,7 +9,7 @@ from _data import cifar100, fashion_mnist, image_folder
 from _golden import to_authors
 from PIL import Image
 
-from vitlinear.tools import _script
+from vitlinear.tools import _datasets
 from vitlinear.tools.validate import UNSUPPORTED, build_parser, main, validate
 
 COMMON = ['--device', 'cpu', '-j', '0', '-b', '8']
@@ -158,7 +158,7 @@ def test_unreadable_image_is_named_and_skipped(tmp_path, caplog):
     bad = root / 'validation' / 'class1' / '2.png'
     bad.write_bytes(bad.read_bytes()[:200])
     args = build_parser().parse([*TINY, *COMMON, '--data-dir', str(root)])
-    dataset = _script.open_dataset(args, 'validation', 3)
+    dataset = _datasets.open_dataset(args, 'validation', 3)
     index = next(i for i in range(len(dataset)) if dataset.reader.filename(i, absolute=True) == str(bad))
     image, target = dataset[index]
     assert image.size == (32, 32) and target == 1

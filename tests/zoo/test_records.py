@@ -11,8 +11,8 @@ import torch
 
 from vitlinear.tools._script import config_folder
 from vitlinear.zoo import records as module
-from vitlinear.tools.export import count_macs
-from vitlinear.tools.publish import folder_problems
+from vitlinear.tools._folders import count_macs
+from vitlinear.tools._folders import folder_problems
 from vitlinear.zoo.records import (
     RecordError, find_record, read_record, record_from_dict, records, weights_cfg, write_record, write_text,
 )
@@ -154,7 +154,7 @@ def test_a_record_in_the_wrong_folder(zoo, data):
 
 
 def test_reading_needs_no_torch():
-    path = ROOT / 'vitlinear' / 'checkpoints' / 'records.py'
+    path = ROOT / 'vitlinear' / 'zoo' / 'records.py'
     code = f'''
 import importlib.util, sys
 spec = importlib.util.spec_from_file_location('records', {str(path)!r})

@@ -3,15 +3,14 @@
 Every layer takes and returns (B, H, W, C) maps of any H and W and is built as `Attention(dim, num_heads, ...,
 device=None, dtype=None)`, so that a pyramid can swap one for another by name.
 """
-from typing import Callable, Union
+from collections.abc import Callable
 
 from torch import nn
 
-from .linear import LinearAttention
+from .linear import LinearAttention, SoftmaxAttention
 from .linear_angular import LinearAngularAttention
-from .qna import QnAAttention, QnAUpsample
+from .qna import QnAAttention
 from .random_walk import RandomWalkAttention
-from .softmax import SoftmaxAttention
 from .vicinity import VicinityAttention
 from .window import WindowAttention
 from .xnorm import XNormAttention, XNormClassAttention
@@ -32,7 +31,6 @@ __all__ = [
     'LinearAngularAttention',
     'LinearAttention',
     'QnAAttention',
-    'QnAUpsample',
     'RandomWalkAttention',
     'SoftmaxAttention',
     'VicinityAttention',
@@ -43,7 +41,7 @@ __all__ = [
 ]
 
 
-def get_attention_layer(attn_layer: Union[str, Callable[..., nn.Module]]) -> Callable[..., nn.Module]:
+def get_attention_layer(attn_layer: str | Callable[..., nn.Module]) -> Callable[..., nn.Module]:
     """Attention module class by name; a class or factory is passed through.
 
     Raises:

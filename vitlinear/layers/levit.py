@@ -6,13 +6,8 @@ import torch
 from timm.models.levit import ConvNorm
 from torch import nn
 
-from ..ops._common import has_hooks, is_plain, linear, packed_weight, use_bands
 from ._fold import fold_batch_norm
 from .linear_angular import LinearAngular
-
-# Positions of a map up to which inference on a CPU takes 1x1 convolutions as linear layers. Measured: half of the time
-# at 7 x 7 (bfloat16 and float32), the same at 64 x 64.
-LINEAR_UP_TO = 1024
 
 
 class PointwiseNorm(ConvNorm):
@@ -26,28 +21,6 @@ class PointwiseNorm(ConvNorm):
             bn_weight_init: Initial scale of the batch norm.
         """
         super().__init__(dim, dim_out, bn_weight_init=bn_weight_init, device=device, dtype=dtype)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(B, C, H, W) to (B, C', H, W)."""
-        if not torch.jit.is_scripting():
-            if use_bands(x) and x.shape[2] * x.shape[3] <= LINEAR_UP_TO and self._is_plain():
-                return self._as_linear(x)
-        return self.bn(self.linear(x))
-
-    @torch.jit.unused
-    def _is_plain(self) -> bool:
-        norm = type(self.bn) is nn.Identity or (type(self.bn) is nn.BatchNorm2d and not self.bn.training)
-        return (norm and not has_hooks(self.bn) and is_plain(self.linear, nn.Conv2d)
-                and not torch.is_autocast_enabled('cpu'))
-
-    @torch.jit.unused
-    def _as_linear(self, x: torch.Tensor) -> torch.Tensor:
-        conv = self.linear
-        x = linear(x.permute(0, 2, 3, 1), conv.weight.flatten(1), conv.bias, packed=packed_weight(conv))
-        if isinstance(self.bn, nn.BatchNorm2d):
-            scale = self.bn.weight * (self.bn.running_var + self.bn.eps).rsqrt()
-            x = torch.addcmul(torch.addcmul(self.bn.bias, self.bn.running_mean, scale, value=-1), x, scale)
-        return x.permute(0, 3, 1, 2)
 
     def fuse(self) -> 'PointwiseNorm':
         """Fold the norm into the convolution."""

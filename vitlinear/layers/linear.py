@@ -1,16 +1,14 @@
-"""Plain kernel attention as a layer."""
+"""Plain kernel attention and softmax attention as layers: an op on heads between two projections."""
 import torch
-import torch.nn as nn
+import torch.nn.functional as F
+from torch import nn
 
-from ..ops._common import check_heads
-from ..ops.linear import linear_attention
+from ..ops import linear_attention
+from ._common import check_heads, merge_heads, split_heads
 
 
-class LinearAttention(nn.Module):
-    """Multi-head plain kernel attention over all positions of a map, linear in H W.
-
-    Paper: arXiv 2006.16236.
-    """
+class _TokenAttention(nn.Module):
+    """Multi-head attention over all positions of a map, by the op that `attend` calls."""
 
     def __init__(
             self,
@@ -36,9 +34,33 @@ class LinearAttention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
 
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """(B, heads, N, d) queries, keys and values to (B, heads, N, d)."""
+        raise NotImplementedError
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        B, H, W, C = x.shape
-        q, k, v = self.qkv(x).reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = linear_attention(q, k, v)
-        return self.proj(x.transpose(1, 2).reshape(B, H, W, C))
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        return self.proj(merge_heads(self.attend(q, k, v)).view(x.shape))
+
+
+class LinearAttention(_TokenAttention):
+    """Multi-head plain kernel attention over all positions of a map, linear in H W.
+
+    Paper: arXiv 2006.16236.
+    """
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """See `ops.linear_attention`."""
+        return linear_attention(q, k, v)
+
+
+class SoftmaxAttention(_TokenAttention):
+    """Multi-head softmax attention (Vaswani et al., 2017, equation 1), the quadratic baseline of every comparison.
+
+    PyTorch's fused kernel; time grows with (H W)^2.
+    """
+
+    def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        """`softmax(q k^T / sqrt(d)) v`."""
+        return F.scaled_dot_product_attention(q, k, v)

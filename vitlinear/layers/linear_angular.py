@@ -1,13 +1,23 @@
 """Linear-angular attention as a layer, and the auxiliary branch of its training."""
-from typing import Any, Dict, Optional, Tuple
+from typing import Any
 
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
-from ..ops._common import call_linear, check_heads
-from ..ops.linear_angular import (
-    AUX_MODES, CONVS, linear_angular_attention, masked_softmax_attention, pool_keys)
+from ..ops import linear_angular_attention, masked_softmax
+from ..ops._numerics import check_choice
+from ..ops.primitives.few_keys import pool_keys
+from ._common import check_heads, merge_heads, split_heads
+
+CONVS = ('1d', '2d')
+AUX_MODES = ('off', 'train', 'always')
+
+
+def check_aux_mode(mode: str) -> str:
+    """The mode of an auxiliary branch, checked."""
+    check_choice('aux mode', mode, AUX_MODES)
+    return mode
 
 
 class MaskedSoftmax(nn.Module):
@@ -25,8 +35,8 @@ class MaskedSoftmax(nn.Module):
             mode: str = 'off',
             threshold: float = .02,
             kappa: float = 0.,
-            max_keys: Optional[int] = 196,
-            chunk: Optional[int] = 512,
+            max_keys: int | None = 196,
+            chunk: int | None = 512,
             drop: float = 0.,
             device=None,
     ):
@@ -84,7 +94,7 @@ class MaskedSoftmax(nn.Module):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            grid: Optional[Tuple[int, int]] = None,
+            grid: tuple[int, int] | None = None,
             num_prefix_tokens: int = 0,
     ) -> torch.Tensor:
         """`weight * A v`, (B, heads, N, e).
@@ -99,7 +109,7 @@ class MaskedSoftmax(nn.Module):
         k = pool_keys(k, grid, self.max_keys, num_prefix_tokens)
         v = pool_keys(v, grid, self.max_keys, num_prefix_tokens)
         drop = self.drop if self.training else 0.
-        out = masked_softmax_attention(q, k, v, self.threshold_for(k.shape[2]), drop, self.chunk)
+        out = masked_softmax(q, k, v, self.threshold_for(k.shape[2]), drop, self.chunk)
         return out * self.weight.to(out.dtype)
 
     @torch.jit.unused
@@ -108,9 +118,9 @@ class MaskedSoftmax(nn.Module):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            grid: Optional[Tuple[int, int]] = None,
+            grid: tuple[int, int] | None = None,
             num_prefix_tokens: int = 0,
-    ) -> Dict[str, float]:
+    ) -> dict[str, float]:
         """What is left of the weights with these arguments of `forward`, see `castling_stats` of the models."""
         k = pool_keys(k, grid, self.max_keys, num_prefix_tokens).float()
         threshold = self.threshold_for(k.shape[2]).float()
@@ -129,13 +139,6 @@ class MaskedSoftmax(nn.Module):
         return f'mode={self.mode}, kappa={self.kappa}, max_keys={self.max_keys}, chunk={self.chunk}'
 
 
-def check_aux_mode(mode: str) -> str:
-    if mode not in AUX_MODES:
-        raise ValueError(f"Unknown aux mode '{mode}', expected one of {', '.join(AUX_MODES)}.")
-    return mode
-
-
-
 class LinearAngular(nn.Module):
     """What linear-angular attention needs besides its projections: the convolution and the auxiliary branch.
 
@@ -147,12 +150,12 @@ class LinearAngular(nn.Module):
             num_heads: int,
             res_kernel_size: int = 9,
             conv: str = '1d',
-            kv_scale: Optional[int] = None,
+            ref_keys: int | None = None,
             aux_mode: str = 'off',
             aux_threshold: float = .02,
             aux_kappa: float = 0.,
-            aux_max_keys: Optional[int] = 196,
-            aux_chunk: Optional[int] = 512,
+            aux_max_keys: int | None = 196,
+            aux_chunk: int | None = 512,
             attn_drop: float = 0.,
             softmax: bool = False,
             device=None,
@@ -163,7 +166,7 @@ class LinearAngular(nn.Module):
             num_heads: Attention heads.
             res_kernel_size: Taps of the convolution of the values, odd: its length or, for '2d', its side.
             conv: '1d', along the tokens in row-major order, prefix tokens included, as published; or '2d', on the grid.
-            kv_scale: Number of keys for which the layer is as published. With others, the sum over keys counts as if
+            ref_keys: Number of keys for which the layer is as published. With others, the sum over keys counts as if
                 there were as many; None for never.
             aux_mode: 'off', 'train' or 'always', see `MaskedSoftmax`.
             aux_threshold: Weights up to this size do not count.
@@ -179,12 +182,11 @@ class LinearAngular(nn.Module):
         super().__init__()
         if res_kernel_size < 1 or res_kernel_size % 2 == 0:
             raise ValueError(f'res_kernel_size={res_kernel_size} must be odd and positive.')
-        if conv not in CONVS:
-            raise ValueError(f"Unknown conv '{conv}', expected one of {', '.join(CONVS)}.")
-        if kv_scale is not None and kv_scale < 1:
-            raise ValueError(f'kv_scale={kv_scale} must be a positive number of keys, or None.')
+        check_choice('conv', conv, CONVS)
+        if ref_keys is not None and ref_keys < 1:
+            raise ValueError(f'ref_keys={ref_keys} must be a positive number of keys, or None.')
         self.num_heads = num_heads
-        self.kv_scale = kv_scale
+        self.ref_keys = ref_keys
         self.drop = float(attn_drop)
         self.dconv = self.aux = None
         if not softmax:
@@ -199,19 +201,19 @@ class LinearAngular(nn.Module):
             q: torch.Tensor,
             k: torch.Tensor,
             v: torch.Tensor,
-            grid: Optional[Tuple[int, int]] = None,
+            grid: tuple[int, int] | None = None,
             num_prefix_tokens: int = 0,
             stride: int = 1,
     ) -> torch.Tensor:
         """`linear_angular_attention` with the layer's convolution and auxiliary branch, or softmax attention."""
         if self.aux is None or self.dconv is None:
             return F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.)
-        aux: Optional[torch.Tensor] = None
+        aux: torch.Tensor | None = None
         if self.aux.is_on():
             aux = self.aux(q, k, v, grid, num_prefix_tokens)
         kv_scale = 1.
-        if self.kv_scale is not None:
-            kv_scale = self.kv_scale / k.shape[2]
+        if self.ref_keys is not None:
+            kv_scale = self.ref_keys / k.shape[2]
         return linear_angular_attention(
             q, k, v, self.dconv.weight, grid, num_prefix_tokens, stride, kv_scale, aux)
 
@@ -271,15 +273,6 @@ class LinearAngularAttention(LinearAngular):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        B, H, W, C = x.shape
-        if torch.jit.is_scripting():
-            qkv = self.qkv(x)
-        else:
-            qkv = call_linear(self.qkv, x)
-        q, k, v = qkv.reshape(B, H * W, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
-        x = self.attend(q, k, v, (H, W)).transpose(1, 2).reshape(B, H, W, C)
-        if torch.jit.is_scripting():
-            x = self.proj(x)
-        else:
-            x = call_linear(self.proj, x)
-        return self.proj_drop(x)
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        y = self.attend(q, k, v, (x.shape[1], x.shape[2]))
+        return self.proj_drop(self.proj(merge_heads(y).view(x.shape)))

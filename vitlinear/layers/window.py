@@ -3,16 +3,14 @@ arXiv 2103.14030, equation 4), without shifted windows.
 
 A map that is no larger than a window is one window: attention over all positions.
 """
-from typing import Tuple, Union
-
 import torch
-import torch.nn as nn
 import torch.nn.functional as F
+from torch import nn
 
-from ..ops._common import InferenceCache, call_linear, check_heads, init_lecun_, use_bands
+from ._common import check_heads, init_lecun_, merge_heads, split_heads
 
 
-def relative_position_bias(table: torch.Tensor, window_size: Tuple[int, int], height: int, width: int) -> torch.Tensor:
+def relative_position_bias(table: torch.Tensor, window_size: tuple[int, int], height: int, width: int) -> torch.Tensor:
     """Bias of each pair of positions in a window that is no larger than the one the table is made for.
 
     Args:
@@ -33,8 +31,8 @@ def relative_position_bias(table: torch.Tensor, window_size: Tuple[int, int], he
 
 def resize_relative_position_bias_table(
         table: torch.Tensor,
-        window_size: Tuple[int, int],
-        new_window_size: Tuple[int, int],
+        window_size: tuple[int, int],
+        new_window_size: tuple[int, int],
 ) -> torch.Tensor:
     """Resize a table of relative positions, bicubic and antialiased as in the authors' fine-tuning of QnA-ViT.
 
@@ -52,6 +50,45 @@ def resize_relative_position_bias_table(
     return maps.flatten(2)[0].t().contiguous().to(table.dtype)
 
 
+def cut_map(x: torch.Tensor, window_size: tuple[int, int]) -> tuple[list[torch.Tensor], int, int, int]:
+    """Cut a map into the fewest windows of one size, and parts of smaller ones below and to the right of them.
+
+    Args:
+        x: (B, H, W, C).
+        window_size: Largest sides of a window.
+
+    Returns:
+        One, two or four parts of the map, row by row; parts of a row; height and width of the windows.
+    """
+    H, W = x.shape[1], x.shape[2]
+    rows, cols = -(-H // window_size[0]), -(-W // window_size[1])
+    h, w = -(-H // rows), -(-W // cols)
+    parts: list[torch.Tensor] = []
+    for top, bottom in ((0, H // h * h), (H // h * h, H)):
+        for left, right in ((0, W // w * w), (W // w * w, W)):
+            if top < bottom and left < right:
+                parts.append(x[:, top:bottom, left:right])
+    return parts, 2 if W % w else 1, h, w
+
+
+def join_map(parts: list[torch.Tensor], columns: int) -> torch.Tensor:
+    """The map that these parts were cut from."""
+    rows = [torch.cat(parts[i:i + columns], dim=2) if columns > 1 else parts[i] for i in range(0, len(parts), columns)]
+    return torch.cat(rows, dim=1) if len(rows) > 1 else rows[0]
+
+
+def to_windows(x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """(B, H, W, C) to the windows (B', h, w, C) that divide it."""
+    B, H, W, C = x.shape
+    return x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h, w, C)
+
+
+def from_windows(windows: torch.Tensor, like: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    """Windows (B', h * w, C) to the map (B, H, W, C) of the size of `like`."""
+    B, H, W, _ = like.shape
+    return windows.reshape(B, H // h, W // w, h, w, -1).transpose(2, 3).reshape(B, H, W, -1)
+
+
 class WindowAttention(nn.Module):
     """Multi-head softmax attention within windows of a map, with relative position bias.
 
@@ -63,7 +100,7 @@ class WindowAttention(nn.Module):
             self,
             dim: int,
             num_heads: int = 8,
-            window_size: Union[int, Tuple[int, int]] = 7,
+            window_size: int | tuple[int, int] = 7,
             qkv_bias: bool = False,
             proj_bias: bool = False,
             device=None,
@@ -89,13 +126,12 @@ class WindowAttention(nn.Module):
         h, w = self.window_size
         self.relative_position_bias_table = nn.Parameter(torch.empty((2 * h - 1) * (2 * w - 1), num_heads, **dd))
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
-        self._cache = InferenceCache()
         self.reset_parameters()
         for layer in (self.qkv, self.proj):
             init_lecun_(layer)
 
     @staticmethod
-    def _check_window_size(window_size: Union[int, Tuple[int, int]]) -> Tuple[int, int]:
+    def _check_window_size(window_size: int | tuple[int, int]) -> tuple[int, int]:
         h, w = (window_size, window_size) if isinstance(window_size, int) else window_size
         if h < 1 or w < 1:
             raise ValueError(f'window_size={(h, w)} must be positive.')
@@ -106,7 +142,7 @@ class WindowAttention(nn.Module):
         """No preference for any relative position, as the authors of QnA-ViT start."""
         nn.init.zeros_(self.relative_position_bias_table)
 
-    def set_window_size(self, window_size: Union[int, Tuple[int, int]]) -> None:
+    def set_window_size(self, window_size: int | tuple[int, int]) -> None:
         """Change the largest window and resize the bias table to it, in place."""
         new = self._check_window_size(window_size)
         if new == self.window_size:
@@ -116,54 +152,14 @@ class WindowAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(resized, requires_grad=table.requires_grad)
         self.window_size = new
 
-    def train(self, mode: bool = True) -> 'WindowAttention':
-        self._cache.clear()
-        return super().train(mode)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
-        H, W = x.shape[1], x.shape[2]
-        rows, cols = -(-H // self.window_size[0]), -(-W // self.window_size[1])
-        h, w = -(-H // rows), -(-W // cols)
-        # the last row or column of windows may be smaller than the others
-        bands = []
-        for top, bottom in ((0, H // h * h), (H // h * h, H)):
-            parts = []
-            for left, right in ((0, W // w * w), (W // w * w, W)):
-                if top < bottom and left < right:
-                    part = x[:, top:bottom, left:right]
-                    parts.append(self._attend(part, min(h, bottom - top), min(w, right - left)))
-            if len(parts) > 0:
-                bands.append(parts[0] if len(parts) == 1 else torch.cat(parts, dim=2))
-        return bands[0] if len(bands) == 1 else torch.cat(bands, dim=1)
+        parts, columns, h, w = cut_map(x, self.window_size)
+        return join_map([self.attend(part, min(h, part.shape[1]), min(w, part.shape[2])) for part in parts], columns)
 
-    def _attend(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
+    def attend(self, x: torch.Tensor, h: int, w: int) -> torch.Tensor:
         """Attention within the windows (h, w) of a map whose sides they divide."""
-        B, H, W, C = x.shape
-        windows = H // h * (W // w)
-        if windows > 1:
-            x = x.reshape(B, H // h, h, W // w, w, C).transpose(2, 3).reshape(-1, h, w, C)
-        bias = self._bias(h, w)
-        if torch.jit.is_scripting():
-            qkv = self.qkv(x)
-        else:
-            qkv = call_linear(self.qkv, x)
-        qkv = qkv.reshape(-1, h * w, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4)
-        x = F.scaled_dot_product_attention(qkv[0], qkv[1], qkv[2], attn_mask=bias.to(qkv.dtype).unsqueeze(0))
-        x = x.transpose(1, 2).reshape(-1, h, w, C)
-        if torch.jit.is_scripting():
-            x = self.proj(x)
-        else:
-            x = call_linear(self.proj, x)
-        if windows > 1:
-            x = x.reshape(B, H // h, W // w, h, w, C).transpose(2, 3).reshape(B, H, W, C)
-        return x
-
-    def _bias(self, h: int, w: int) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            if use_bands(self.relative_position_bias_table) and not self.training:
-                return self._cache.get([self.relative_position_bias_table], (h, w), self._build_bias)
-        return self._build_bias((h, w))
-
-    def _build_bias(self, window: Tuple[int, int]) -> torch.Tensor:
-        return relative_position_bias(self.relative_position_bias_table, self.window_size, window[0], window[1])
+        bias = relative_position_bias(self.relative_position_bias_table, self.window_size, h, w)
+        q, k, v = split_heads(self.qkv(to_windows(x, h, w)), 3, self.num_heads)
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
+        return from_windows(self.proj(merge_heads(y)), x, h, w)

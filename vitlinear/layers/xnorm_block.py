@@ -1,6 +1,5 @@
 """The layers of X-ViT around its attention: blocks, class attention blocks, local convolutions, Fourier positions."""
 import math
-from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -8,7 +7,6 @@ import torch
 from timm.layers import DropPath, LayerScale, Mlp
 from torch import nn
 
-from ..ops._common import InferenceCache, has_hooks, is_plain, use_bands
 from ._fold import fold_batch_norm
 from .xnorm import XNormClassAttention
 
@@ -40,10 +38,9 @@ class LocalPatchInteraction(nn.Module):
 
     def fuse(self) -> 'LocalPatchInteraction':
         """Fold the norm into the convolution before it; between two convolutions, GELU stands before the norm."""
-        if self.conv2 is None and type(self.norm) is nn.BatchNorm2d and not has_hooks(self.norm):
-            if is_plain(self.conv1, nn.Conv2d):
-                self.conv1 = fold_batch_norm(self.conv1, self.norm)
-                self.norm = nn.Identity()
+        if self.conv2 is None and type(self.norm) is nn.BatchNorm2d and type(self.conv1) is nn.Conv2d:
+            self.conv1 = fold_batch_norm(self.conv1, self.norm)
+            self.norm = nn.Identity()
         return self
 
 
@@ -59,7 +56,6 @@ class XNormBlock(nn.Module):
             lpi_convs: int = 2,
             proj_drop: float = 0.,
             drop_path: float = 0.,
-            mlp_layer: Callable[..., nn.Module] = Mlp,
             device=None,
             dtype=None,
     ):
@@ -74,7 +70,7 @@ class XNormBlock(nn.Module):
         self.ls3 = LayerScale(dim, init_values, **dd)
         self.drop_path3 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
         self.norm2 = _norm_layer(dim, **dd)
-        self.mlp = mlp_layer(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=proj_drop, **dd)
         self.ls2 = LayerScale(dim, init_values, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
 
@@ -125,7 +121,6 @@ class FourierPosition(nn.Module):
         self.num_freqs = num_freqs
         self.temperature = temperature
         self.proj = nn.Linear(4 * num_freqs, dim, device=device, dtype=dtype)
-        self._cache = InferenceCache()
 
     def _features(self, size: int, like: torch.Tensor) -> torch.Tensor:
         """(size, 2 num_freqs), in float32."""
@@ -136,17 +131,6 @@ class FourierPosition(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, H, W, C) to the positions (1, H, W, C) to add to it."""
-        if not torch.jit.is_scripting():
-            if use_bands(x) and is_plain(self.proj) and not torch.is_autocast_enabled('cpu'):
-                return self._known_positions(x)
-        return self._positions(x)
-
-    @torch.jit.unused
-    def _known_positions(self, x: torch.Tensor) -> torch.Tensor:
-        sources = [self.proj.weight, self.proj.bias]
-        return self._cache.get(sources, (x.shape[1], x.shape[2]), lambda size: self._positions(x))
-
-    def _positions(self, x: torch.Tensor) -> torch.Tensor:
         H, W = x.shape[1], x.shape[2]
         rows = self._features(H, x).unsqueeze(1).expand(-1, W, -1)
         columns = self._features(W, x).unsqueeze(0).expand(H, -1, -1)

@@ -13,11 +13,42 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import nn
 
+from ..inference.fold import reparameterize
 from ..layers.linear_angular import LinearAngular, check_aux_mode
-from ._pyramid import reparameterize
+from ..zoo.families import Family
 from ._weights import fit, unwrap
 
 _logger = logging.getLogger(__name__)
+
+FAMILY = Family(
+    name='castling_vit',
+    title='Castling-ViT',
+    paper=(
+        'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision '
+        'Transformer Inference'
+    ),
+    url='https://arxiv.org/abs/2211.10526',
+    text=(
+        'Linear-angular attention in the place of softmax attention in LeViT, MViTv2, PVTv2 and DeiT, with an '
+        'auxiliary softmax branch for training that is gone at inference. The mechanism is as published; the '
+        'authors released one attention module, https://github.com/GATECH-EIC/Castling-ViT, and no backbone, so '
+        'all configurations are reconstructed: how queries, keys and values meet on pooled grids, which '
+        "attentions are replaced, and the widths of LeViT's keys. In the PVTv2 models the layout (softmax in the "
+        'last stage) follows later code of the same group. castling_nano is ours, for small images.'
+    ),
+    bibtex=(
+        '@inproceedings{you2023castling,\n'
+        '  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular '
+        'Attention at Vision Transformer\n'
+        '    Inference},\n'
+        '  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and '
+        'Haoqi Fan and Peter Vajda\n'
+        '    and Yingyan Lin},\n'
+        '  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},\n'
+        '  pages={14431--14442}, year={2023}\n'
+        '}'
+    ),
+)
 
 # Training steps between two looks at whether the ramp is over, on devices for which a look is a wait.
 _STEPS_BETWEEN_LOOKS = 100
@@ -358,7 +389,7 @@ class LayerFactory:
         H, W = (-(-side // reduction) for side in self.img_size)
         tokens = H * W + prefix_tokens
         ref_keys = tokens if self.scale_with_size else None
-        return dict(self.attn_kwargs, softmax=tokens <= self.softmax_below, kv_scale=ref_keys)
+        return dict(self.attn_kwargs, softmax=tokens <= self.softmax_below, ref_keys=ref_keys)
 
 
 def is_of_host(state_dict: dict[str, Any], model: nn.Module) -> bool:

@@ -9,15 +9,6 @@ for training that is gone at inference.
 Documented in the paper: the mechanism, and that it takes the place of LeViT's attention.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic.
 Ours: all configurations, how queries, keys and values meet on pooled grids, and the widths of the keys.
-
-@inproceedings{you2023castling,
-  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-    Inference},
-  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
-    and Yingyan Lin},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  pages={14431--14442}, year={2023}
-}
 """
 from collections.abc import Sequence
 from functools import partial
@@ -25,10 +16,11 @@ from typing import Any
 
 import torch
 from timm.layers import get_act_layer
-from timm.models import generate_default_cfgs, register_model
+from timm.models import checkpoint_seq, generate_default_cfgs, register_model
 from timm.models.levit import ConvNorm, Levit, LevitDistilled, LevitMlp
 from torch import nn
 
+from .. import inference
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
 from ._base import check_input
 from ._castling import (
@@ -36,7 +28,6 @@ from ._castling import (
     LayerFactory,
     castling_cfg,
     filter_checkpoint,
-    is_of_host,  # noqa: F401  looked up by name
 )
 from ._timm import build_model, register_notrace_module
 
@@ -169,6 +160,15 @@ class _CastlingLevit(Castling):
                     embed_dim[i], old.val_dim if qk_width == 'value' else old.key_dim, old.val_dim, old.num_heads, act,
                     **factory(reduction), **dd)
         self._schedule_from_arguments(castling_steps, castling_ramp)
+
+    def forward_features(self, x: torch.Tensor) -> torch.Tensor:
+        """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
+        if not torch.jit.is_scripting():
+            if inference.applies(self, x):
+                return inference.run((self.stem, *self.stages), x)
+            if self.grad_checkpointing:
+                return checkpoint_seq(self.stages, self.stem(x))
+        return self.stages(self.stem(x))
 
 
 class CastlingLevit(_CastlingLevit, Levit):

@@ -9,15 +9,6 @@ branch for training that is gone at inference.
 Documented in the paper: the mechanism, and that it takes the place of MViTv2's attention.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic.
 Ours: all configurations, that relative positions go, and that keys and values are pooled with the queries' stride.
-
-@inproceedings{you2023castling,
-  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-    Inference},
-  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
-    and Yingyan Lin},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  pages={14431--14442}, year={2023}
-}
 """
 from collections.abc import Sequence
 from dataclasses import replace
@@ -37,7 +28,6 @@ from ._castling import (
     LayerFactory,
     castling_cfg,
     filter_checkpoint,
-    is_of_host,  # noqa: F401  looked up by name
 )
 from ._timm import build_model, register_notrace_module
 from ._weights import not_a_checkpoint_of

@@ -10,15 +10,6 @@ Documented in the paper: the mechanism. No PVTv2 is in it.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic and its names;
 from later code of the same group: softmax in the last stage.
 Ours: the configurations, and castling_nano altogether, for small images.
-
-@inproceedings{you2023castling,
-  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-    Inference},
-  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
-    and Yingyan Lin},
-  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
-  pages={14431--14442}, year={2023}
-}
 """
 import re
 from collections.abc import Sequence
@@ -37,7 +28,6 @@ from ._castling import (
     LayerFactory,
     castling_cfg,
     filter_checkpoint,
-    is_of_host,  # noqa: F401  looked up by name
 )
 from ._pyramid import Pyramid
 from ._timm import build_model

@@ -9,13 +9,6 @@ matrix, and savings of 15 % of the parameters and 10 to 25 % of the computation 
 backbone is SegFormer's (MiT) without the convolutions that reduce keys and values is inferred from these savings.
 Feature map, normalisation, every formula and every size are ours, as are the names gkvit_*; nothing here reproduces the
 authors' models or results.
-
-@misc{randomwalk2022,
-  title={Improving Vision Attention with Random Walk Graph Kernel},
-  author={Anonymous},
-  howpublished={OpenReview, forum LTvSyvRaJO, submission to ICLR 2023, withdrawn},
-  year={2022}
-}
 """
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,12 +18,38 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ..zoo.families import Family
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
 from ._timm import build_model
 from ._weights import fit, unwrap
 
 __all__ = ['GraphKernelVisionTransformer']
+
+FAMILY = Family(
+    name='gkvit',
+    title='GKViT, a graph-kernel ViT',
+    paper='Improving Vision Attention with Random Walk Graph Kernel',
+    url='https://openreview.net/forum?id=LTvSyvRaJO',
+    text=(
+        'A SegFormer-like pyramid without reduction of keys and values, whose attention is linear in pixels at '
+        'every stage: walks of any number of steps between queries and keys. The paper, an anonymous submission '
+        'to ICLR 2023, was withdrawn, and neither its text nor code is public. Its abstract documents the kernel, '
+        'the bipartite graph, the inverse of a small matrix, and savings of 15 % of the parameters and 10 to 25 % '
+        "of the computation in semantic segmentation. That the backbone is SegFormer's (MiT) without the "
+        'convolutions that reduce keys and values is inferred from these savings. Feature map, normalisation, '
+        "every formula and every size are ours, as are the names gkvit_*; nothing here reproduces the authors' "
+        'models or results.'
+    ),
+    bibtex=(
+        '@misc{randomwalk2022,\n'
+        '  title={Improving Vision Attention with Random Walk Graph Kernel},\n'
+        '  author={Anonymous},\n'
+        '  howpublished={OpenReview, forum LTvSyvRaJO, submission to ICLR 2023, withdrawn},\n'
+        '  year={2022}\n'
+        '}'
+    ),
+)
 
 
 class GraphKernelVisionTransformer(Pyramid):

@@ -6,135 +6,63 @@ A pyramid of local attention with learned queries, which downsamples with the sa
 stages begin with, or consist of, softmax attention over windows that cover the whole map at the published size. Written
 from a description of the authors' released code, https://github.com/moabarar/qna, whose Flax checkpoints load as they
 are. qna_vit_tiny, tiny_7x7, small and base are the published variants; qna_vit_nano is ours, for small images.
-
-@inproceedings{arar2022learned,
-  title={Learned Queries for Efficient Local Attention},
-  author={Moab Arar and Ariel Shamir and Amit H. Bermano},
-  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
-  pages={10841-10852}, year={2022}
-}
 """
 import math
 import re
+from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Union
+from typing import Any
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import DropPath, calculate_drop_path_rates, to_2tuple, to_ntuple
-from timm.models import generate_default_cfgs, register_model
-
-from ._timm import build_model, register_notrace_module
-from ..layers import QnAAttention, WindowAttention, get_attention_layer
-from ..ops._common import init_lecun_
+from ..layers import WindowAttention, get_attention_layer
+from ..layers._common import init_lecun_
+from ..layers.block import Block
+from ..layers.mlp import Mlp
+from ..layers.qna_block import QnADownsample, QnAStage, SamePatchEmbed
 from ..layers.window import resize_relative_position_bias_table
+from ..zoo.families import Family
 from ..zoo.records import weights_cfg
-from ._pyramid import Block, HierarchicalModel, Mlp, check_model_args, is_new, residual, run_blocks
+from ._pyramid import HierarchicalModel, check_model_args
+from ._timm import build_model, register_notrace_module
 from ._weights import fit, not_a_checkpoint_of, unwrap
 
 __all__ = ['QnAVisionTransformer']
+
+FAMILY = Family(
+    name='qna_vit',
+    title='QnA-ViT',
+    paper='Learned Queries for Efficient Local Attention',
+    url='https://arxiv.org/abs/2112.11435',
+    text=(
+        'A pyramid of local attention with learned queries, which downsamples with the same layer at stride 2; '
+        'the last two stages begin with, or consist of, softmax attention over windows that cover the whole map '
+        "at the published size. Written from a description of the authors' released code, "
+        'https://github.com/moabarar/qna, whose Flax checkpoints load as they are. qna_vit_tiny, tiny_7x7, small '
+        'and base are the published variants; qna_vit_nano is ours, for small images.'
+    ),
+    bibtex=(
+        '@inproceedings{arar2022learned,\n'
+        '  title={Learned Queries for Efficient Local Attention},\n'
+        '  author={Moab Arar and Ariel Shamir and Amit H. Bermano},\n'
+        '  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},\n'
+        '  pages={10841-10852}, year={2022}\n'
+        '}'
+    ),
+)
+
+register_notrace_module(SamePatchEmbed)  # its padding follows from the size of the image
 
 _block_layers = dict(
     act_layer=partial(nn.GELU, approximate='tanh'),
     norm_layer=partial(nn.LayerNorm, eps=1e-6),
     mlp_layer=Mlp,
 )
-
-
-@register_notrace_module  # its padding follows from the size of the image
-class PatchEmbed(nn.Module):
-    """Strided convolution without bias or norm, (B, C, H, W) to (B, C', ceil(H / stride), ceil(W / stride)).
-
-    Padded as TensorFlow's SAME, the odd row or column at the end.
-    """
-
-    def __init__(self, in_chans: int, embed_dim: int, patch_size: int, stride: int, device=None, dtype=None):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.patch_size = patch_size
-        self.stride = stride
-        self.proj = nn.Conv2d(in_chans, embed_dim, patch_size, stride=stride, bias=False, **dd)
-
-    def _padding(self, size: int) -> Tuple[int, int]:
-        total = max(0, ((size + self.stride - 1) // self.stride - 1) * self.stride + self.patch_size - size)
-        return total // 2, total - total // 2
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        top, bottom = self._padding(x.shape[2])
-        left, right = self._padding(x.shape[3])
-        if top + bottom + left + right > 0:
-            x = F.pad(x, [left, right, top, bottom])
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
-
-
-class Downsample(nn.Module):
-    """Learned-query block of stride 2, (B, H, W, C) to (B, ceil(H / 2), ceil(W / 2), C').
-
-    The authors drop its MLP branch at random in training, and never its attention.
-    """
-
-    def __init__(
-            self,
-            dim: int,
-            out_dim: int,
-            num_heads: int,
-            kernel_size: int = 3,
-            num_queries: int = 2,
-            attn_scale_std: float = 0.02,
-            mlp_ratio: float = 4.,
-            proj_drop: float = 0.,
-            drop_path: float = 0.,
-            act_layer: Callable[..., nn.Module] = nn.GELU,
-            norm_layer: Callable[..., nn.Module] = nn.LayerNorm,
-            mlp_layer: Callable[..., nn.Module] = Mlp,
-            device=None,
-            dtype=None,
-    ):
-        super().__init__()
-        dd = {'device': device, 'dtype': dtype}
-        self.skip = nn.Conv2d(dim, out_dim, 1, stride=2, bias=False, **dd)
-        self.norm1 = norm_layer(dim, **dd)
-        self.attn = QnAAttention(
-            dim, num_heads, kernel_size=kernel_size, stride=2, num_queries=num_queries, attn_dim=out_dim,
-            attn_scale_std=attn_scale_std, **dd)
-        self.norm2 = norm_layer(out_dim, **dd)
-        self.mlp = mlp_layer(out_dim, int(out_dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.drop_path2 = DropPath(drop_path) if drop_path > 0. else nn.Identity()
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.skip(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + self.attn(self.norm1(x))
-        if torch.jit.is_scripting():
-            return x + self.drop_path2(self.mlp(self.norm2(x)))
-        else:
-            return residual(x, self.norm2, self.mlp, self.drop_path2, overwrite=True)
-
-
-class QnAStage(nn.Module):
-    """Downsampling and blocks, (B, C, H, W) to (B, C', H', W')."""
-
-    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]):
-        super().__init__()
-        self.grad_checkpointing = False
-        self.downsample = downsample
-        self.blocks = nn.ModuleList(blocks)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if not torch.jit.is_scripting():
-            return self.run(x)
-        x = self.downsample(x.permute(0, 2, 3, 1))
-        for block in self.blocks:
-            x = block(x)
-        return x.permute(0, 3, 1, 2)
-
-    @torch.jit.unused
-    def run(self, x: torch.Tensor, overwrite: bool = False) -> torch.Tensor:
-        """`forward(x)`, which may write over `x` if `overwrite`."""
-        y = self.downsample(x.permute(0, 2, 3, 1))
-        overwrite = is_new(self.downsample, x, y, overwrite)
-        return run_blocks(self.blocks, y, self.grad_checkpointing, overwrite).permute(0, 3, 1, 2)
 
 
 class QnAVisionTransformer(HierarchicalModel):
@@ -148,23 +76,23 @@ class QnAVisionTransformer(HierarchicalModel):
 
     def __init__(
             self,
-            img_size: Union[int, Tuple[int, int]] = 224,
+            img_size: int | tuple[int, int] = 224,
             in_chans: int = 3,
             num_classes: int = 1000,
             global_pool: str = 'avg',
             embed_dims: Sequence[int] = (64, 128, 256, 512),
             depths: Sequence[int] = (2, 3, 6, 2),
             window_depths: Sequence[int] = (0, 0, 4, 2),
-            num_heads: Union[int, Sequence[int]] = (8, 16, 32, 64),
-            window_heads: Union[int, Sequence[int]] = (2, 4, 8, 16),
-            kernel_size: Union[int, Sequence[int]] = 3,
+            num_heads: int | Sequence[int] = (8, 16, 32, 64),
+            window_heads: int | Sequence[int] = (2, 4, 8, 16),
+            kernel_size: int | Sequence[int] = 3,
             num_queries: int = 2,
             attn_scale_std: float = 0.02,
-            mlp_ratios: Union[float, Sequence[float]] = 4.,
-            patch_size: Optional[int] = None,
+            mlp_ratios: float | Sequence[float] = 4.,
+            patch_size: int | None = None,
             patch_stride: int = 4,
-            attn_layer: Union[str, Callable[..., nn.Module]] = 'qna',
-            attn_kwargs: Optional[Dict[str, Any]] = None,
+            attn_layer: str | Callable[..., nn.Module] = 'qna',
+            attn_kwargs: dict[str, Any] | None = None,
             drop_rate: float = 0.,
             proj_drop_rate: float = 0.,
             drop_path_rate: float = 0.,
@@ -224,7 +152,7 @@ class QnAVisionTransformer(HierarchicalModel):
         for i, dim in enumerate(embed_dims):
             downsample = nn.Identity()
             if i > 0:
-                downsample = Downsample(
+                downsample = QnADownsample(
                     embed_dims[i - 1],
                     dim,
                     num_heads[i],
@@ -258,7 +186,7 @@ class QnAVisionTransformer(HierarchicalModel):
             stages.append(QnAStage(downsample, blocks))
 
         super().__init__(
-            PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
+            SamePatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
             stages,
             embed_dims,
             patch_stride=patch_stride,
@@ -271,7 +199,7 @@ class QnAVisionTransformer(HierarchicalModel):
         )
 
     @staticmethod
-    def _grids(img_size: Union[int, Tuple[int, int]], patch_stride: int, num_stages: int) -> List[Tuple[int, int]]:
+    def _grids(img_size: int | tuple[int, int], patch_stride: int, num_stages: int) -> list[tuple[int, int]]:
         """Sides of the map of each stage."""
         H, W = to_2tuple(img_size)
         if H < 1 or W < 1:
@@ -280,7 +208,7 @@ class QnAVisionTransformer(HierarchicalModel):
         return [(-(-H // stride), -(-W // stride)) for stride in strides]
 
     @torch.jit.ignore
-    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+    def set_input_size(self, img_size: int | tuple[int, int]) -> None:
         """Let the windows of softmax attention cover the maps of images of another size.
 
         Their tables of relative positions are resized, bicubic and antialiased, as for the authors' fine-tuning at 384
@@ -305,13 +233,13 @@ class QnAVisionTransformer(HierarchicalModel):
             super()._init_weights(m, needs_reset)
 
     @torch.jit.ignore
-    def no_weight_decay(self) -> Set[str]:
+    def no_weight_decay(self) -> set[str]:
         """Relative biases and tap scales, as in the authors' training."""
         exempt = ('rel_pos_bias', 'attn_scale', 'relative_position_bias_table')
         return {name for name, _ in self.named_parameters() if name.rpartition('.')[2] in exempt}
 
 
-def _from_flax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def _from_flax(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names and layouts of the authors' Flax code to ours."""
     windows = _count(state_dict, r'LSAStage_(\d+)/MSA_Block_(\d+)/')
     names = {
@@ -369,15 +297,15 @@ def _from_flax(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return out
 
 
-def _count(keys, pattern: str) -> Dict[int, int]:
+def _count(keys, pattern: str) -> dict[int, int]:
     """Largest second number in the keys that match, by the first."""
-    counts: Dict[int, int] = {}
+    counts: dict[int, int] = {}
     for m in filter(None, (re.match(pattern, k) for k in keys)):
         counts[int(m[1])] = max(counts.get(int(m[1]), 0), int(m[2]))
     return counts
 
 
-def infer_variant(state_dict: Dict[str, torch.Tensor]) -> Optional[str]:
+def infer_variant(state_dict: dict[str, torch.Tensor]) -> str | None:
     """Name of the published variant that a state dict belongs to, the authors' or ours, None if it is another."""
     state_dict = unwrap(state_dict)
     if any(k.startswith('StemBlock_0/') for k in state_dict):
@@ -396,7 +324,7 @@ def infer_variant(state_dict: Dict[str, torch.Tensor]) -> Optional[str]:
     }.get(shape)
 
 
-def checkpoint_filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take the parameters of the authors' Flax code, paths joined by '/', or a state dict of ours.
 
     Tables of relative positions are resized to the model's windows, those of the taps to its kernel size, bicubic and
@@ -450,7 +378,7 @@ def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> Qn
     )
 
 
-def _cfg(**kwargs: Any) -> Dict[str, Any]:
+def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         'num_classes': 1000,
         'input_size': (3, 224, 224),

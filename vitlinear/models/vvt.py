@@ -5,14 +5,6 @@ Paper: 'Vicinity Vision Transformer', https://arxiv.org/abs/2206.10552, TPAMI 45
 A PVTv2-like pyramid whose attention is linear in pixels at every stage and favours near positions. Written from a
 description of the authors' released code, https://github.com/OpenNLPLab/Vicinity-Vision-Transformer, whose checkpoints
 load as they are. vvt_tiny, small, medium and large are the published variants; vvt_nano is ours, for small images.
-
-@article{sun2023vicinity,
-  title={Vicinity Vision Transformer},
-  author={Weixuan Sun and Zhen Qin and Hui Deng and Jianyuan Wang and Yi Zhang and Kaihao Zhang and Nick Barnes and
-    Stan Birchfield and Lingpeng Kong and Yiran Zhong},
-  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
-  volume={45}, number={10}, pages={12635-12649}, year={2023}
-}
 """
 import re
 from collections.abc import Callable, Sequence
@@ -23,12 +15,36 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
+from ..zoo.families import Family
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
 from ._timm import build_model
 from ._weights import fit, unwrap
 
 __all__ = ['VicinityVisionTransformer']
+
+FAMILY = Family(
+    name='vvt',
+    title='Vicinity Vision Transformer (VVT)',
+    paper='Vicinity Vision Transformer',
+    url='https://arxiv.org/abs/2206.10552',
+    text=(
+        'A PVTv2-like pyramid whose attention is linear in pixels at every stage and favours near positions. '
+        "Written from a description of the authors' released code, "
+        'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer, whose checkpoints load as they are. vvt_tiny, '
+        'small, medium and large are the published variants; vvt_nano is ours, for small images.'
+    ),
+    bibtex=(
+        '@article{sun2023vicinity,\n'
+        '  title={Vicinity Vision Transformer},\n'
+        '  author={Weixuan Sun and Zhen Qin and Hui Deng and Jianyuan Wang and Yi Zhang and Kaihao '
+        'Zhang and Nick Barnes and\n'
+        '    Stan Birchfield and Lingpeng Kong and Yiran Zhong},\n'
+        '  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n'
+        '  volume={45}, number={10}, pages={12635-12649}, year={2023}\n'
+        '}'
+    ),
+)
 
 
 class VicinityVisionTransformer(Pyramid):

@@ -7,12 +7,6 @@ XNorm attention in a pyramid in the manner of PVTv2 (arXiv 2106.13797), for feat
 
 Documented in the paper: the operator and its axes.
 Ours: the models xvit_pyramid_nano, tiny, small and base altogether; the paper's own are flat, see xvit.py.
-
-@article{song2022xvit,
-  title={X-ViT: High Performance Linear Vision Transformer without Softmax},
-  author={Jeonggeun Song and Heung-Chang Lee},
-  journal={arXiv preprint arXiv:2205.13805}, year={2022}
-}
 """
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 IMPLEMENTATIONS = ('torch', 'autograd', 'triton')
 
@@ -28,7 +29,7 @@ _forced: ContextVar[str | None] = ContextVar('vitlinear_implementation', default
 def scripts_as(plain: Callable[..., Any]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: TorchScript compiles `plain` in the place of the decorated function."""
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
-        function.__prepare_scriptable__ = lambda: plain
+        function.__prepare_scriptable__ = getattr(plain, '__prepare_scriptable__', lambda: plain)
         return function
     return decorate
 
@@ -68,6 +69,16 @@ def may_read(x: torch.Tensor) -> bool:
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
+
+def _always(x: torch.Tensor) -> bool:
+    return True
+
+
+@scripts_as(_always)
+def is_plain_tensor(x: torch.Tensor) -> bool:
+    """Whether a tensor is what it seems, and none that stands for others, such as a quantised one."""
+    return not is_traceable_wrapper_subclass(x)
 
 
 def _is_transformed() -> bool:

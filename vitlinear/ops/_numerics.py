@@ -1,4 +1,5 @@
 """What the mechanisms share: float32 islands under autocast, products summed in float32, inverse norms, checks."""
+import math
 from collections.abc import Callable, Sequence
 from functools import lru_cache, wraps
 from typing import Any
@@ -46,6 +47,11 @@ def check_choice(name: str, value: str, valid: Sequence[str] | str) -> None:
         raise ValueError(f"Unknown {name} '{value}', expected one of {', '.join(valid)}.")
 
 
+def sum_dtype(dtype: torch.dtype) -> torch.dtype:
+    """What tensors of a type are summed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
 def at_least_float32(x: torch.Tensor) -> torch.Tensor:
     """The tensor in float32, or as it is in float64."""
     return x if x.dtype == torch.float64 else x.float()
@@ -58,7 +64,7 @@ def inverse_norm(x: torch.Tensor, dim: int = -1, eps: float = 1e-6) -> torch.Ten
     `F.normalize` has one of `1 / eps`.
     """
     square = at_least_float32(x).square().sum(dim=dim, keepdim=True)  # faster than linalg.vector_norm on short axes
-    return square.clamp(min=eps * eps).rsqrt() * (square > eps * eps)
+    return torch.threshold(square, eps * eps, math.inf).rsqrt()
 
 
 @lru_cache
@@ -71,32 +77,42 @@ def _has_float32_products(device: torch.device, dtype: torch.dtype) -> bool:
         return False
 
 
-@scripts_as(at_least_float32)
+def _plain_operand(x: torch.Tensor) -> torch.Tensor:
+    return at_least_float32(x).flatten(0, 1)
+
+
+@scripts_as(_plain_operand)
 def as_operand(x: torch.Tensor) -> torch.Tensor:
-    """A tensor as `product` takes it: half precision as it is where its sums can be float32, else in float32."""
-    if x.dtype in (torch.float32, torch.float64) or (
-            x.is_cuda and is_eager() and not (torch.is_grad_enabled() and x.requires_grad)
-            and _has_float32_products(x.device, x.dtype)):
-        return x
-    return x.float()
+    """(B, heads, N, d) to (B heads, N, d) as `product` takes it, in one pass over memory or none.
 
-
-def _matmul(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    return a @ b
-
-
-@scripts_as(_matmul)
-def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """`a @ b` of (..., n, m) and (..., m, p) from `as_operand`, with the same leading axes, summed in float32 at least.
-
-    Half precision, which only CUDA devices in eager mode without autograd keep, goes into the tensor cores as it is.
+    Half precision stays as it is where its sums can be float32; else it becomes float32. On CPUs it stays bfloat16 in
+    inference, where oneDNN accumulates in float32.
     """
+    if x.dtype not in (torch.float32, torch.float64) and not _stays_half(x):
+        x = x.to(torch.float32, memory_format=torch.contiguous_format)
+    return x.flatten(0, 1)
+
+
+def _stays_half(x: torch.Tensor) -> bool:
+    if not is_eager() or (torch.is_grad_enabled() and x.requires_grad):
+        return False
+    if x.device.type == 'cpu':
+        return x.dtype == torch.bfloat16 and not torch.is_grad_enabled() and not x.requires_grad
+    return x.is_cuda and _has_float32_products(x.device, x.dtype)
+
+
+def _bmm(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    return torch.bmm(a, b)
+
+
+@scripts_as(_bmm)
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """`a @ b` of (n, N, d) and (n, d, e) from `as_operand`, in float32 at least."""
     if a.dtype != b.dtype:
         a, b = at_least_float32(a), at_least_float32(b)
     if a.dtype in (torch.float32, torch.float64):
-        return _matmul(a, b)
-    out = torch.bmm(a.flatten(0, -3), b.flatten(0, -3), out_dtype=torch.float32)
-    return out.unflatten(0, a.shape[:-2])
+        return torch.bmm(a, b)
+    return torch.bmm(a, b, out_dtype=torch.float32) if a.is_cuda else torch.bmm(a, b).float()
 
 
 def differentiate(

@@ -4,7 +4,6 @@ All form their weights in full, N x N or by window, and are meant for float64 an
 they take (B, heads, N, d) tensors.
 """
 import math
-from typing import Optional, Tuple
 
 import torch
 
@@ -53,11 +52,11 @@ def qna_attention(
         score: torch.Tensor,
         v: torch.Tensor,
         rel_pos_bias: torch.Tensor,
-        attn_scale: Optional[torch.Tensor] = None,
+        attn_scale: torch.Tensor | None = None,
         stride: int = 1,
 ) -> torch.Tensor:
     """Learned-query attention over unfolded windows, arXiv 2112.11435; arguments as for `qna.qna_attention`."""
-    B, H, W, L, heads = score.shape
+    _B, _H, W, L, heads = score.shape
     d, k = v.shape[3], rel_pos_bias.shape[-1]
 
     def unfold(x):  # (B, H, W, C) to (B, C, k * k, outputs)
@@ -75,7 +74,7 @@ def qna_attention(
 
 def random_walk_features(
         x: torch.Tensor,
-        temperature: Optional[torch.Tensor] = None,
+        temperature: torch.Tensor | None = None,
         eps: float = 1e-6,
 ) -> torch.Tensor:
     """Anchors of `random_walk.py`: `softmax(t x / rms(x))` with a temperature (heads,), elu + 1 without."""
@@ -173,7 +172,7 @@ def linear_angular_attention(
         k: torch.Tensor,
         v: torch.Tensor,
         weight: torch.Tensor,
-        grid: Optional[Tuple[int, int]] = None,
+        grid: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
         stride: int = 1,
         kv_scale: float = 1.,

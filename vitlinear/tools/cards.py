@@ -14,10 +14,11 @@ import timm
 import torch
 from huggingface_hub import EvalResult, ModelCardData
 
-from vitlinear.tools._script import Parser, RunError, UsageError, run_script, suggest, usage_errors
-from vitlinear.zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
-from vitlinear.tools.info import (
-    Family, architectures, family_of, is_ours, measured, numbers, percent, published, short, size_of)
+from ..models import is_ours
+from ..zoo.families import Family
+from ..zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
+from ._script import Parser, RunError, UsageError, run_script, suggest, usage_errors
+from .info import architectures, family_of, measured, numbers, percent, published, short, size_of
 
 CARD_NAME = 'README.md'
 WIDTH = 120

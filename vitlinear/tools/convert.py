@@ -11,7 +11,6 @@ images are to be prepared is taken from a training checkpoint, else from the cfg
 import argparse
 import logging
 import re
-import sys
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Dict, Iterator, Optional, Sequence
@@ -22,12 +21,13 @@ from timm.utils import ParseKwargs
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models
+import vitlinear
+from vitlinear.models import backbone_of, is_ours
 
 from . import _script
 from ._script import UsageError, suggest, usage_errors
 from ..models._timm import read_weights
-from .info import architectures, is_ours
+from .info import architectures
 from ..models._castling import SCHEDULE_ARGUMENTS
 from ..zoo._flax import is_flax
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
@@ -39,13 +39,10 @@ _HEAD_BIAS = re.compile(r'(?:^|[./])(?:head|head\.fc|head\.linear|head_logits|cl
 _FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs', 'gp')
 
 
-def _family(architecture: str) -> Any:
-    return sys.modules[timm.models.model_entrypoint(architecture).__module__]
-
-
 def _is_of_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> bool:
     """Whether the family's filter takes weights for those of a backbone that they are to be trained further from."""
-    return getattr(_family(model.pretrained_cfg['architecture']), 'is_of_host', lambda *args: False)(state_dict, model)
+    is_of_host = backbone_of(model.pretrained_cfg['architecture']).is_of_host
+    return is_of_host is not None and is_of_host(state_dict, model)
 
 
 def _fits(state_dict: Dict[str, torch.Tensor], architecture: str, kwargs: Dict[str, Any]) -> Optional[str]:
@@ -53,7 +50,7 @@ def _fits(state_dict: Dict[str, torch.Tensor], architecture: str, kwargs: Dict[s
     with _no_warnings():
         model = timm.create_model(architecture, device='meta', **kwargs)
         try:
-            _family(architecture).checkpoint_filter_fn(dict(state_dict), model)
+            backbone_of(architecture).checkpoint_filter_fn(dict(state_dict), model)
         except (ValueError, KeyError, RuntimeError) as e:
             return (str(e) or type(e).__name__).splitlines()[0]
     return None
@@ -79,15 +76,16 @@ def variant_of(state_dict: Dict[str, torch.Tensor], architecture: str) -> Option
         architecture: Any architecture of the family; taken if the weights fit several.
     """
     found = _inferred(state_dict, architecture)
-    names = [architecture, *timm.list_models(module=_family(architecture).__name__.rpartition('.')[2])]
+    family = backbone_of(architecture).family
+    names = [architecture, *(name for name in architectures() if backbone_of(name).family is family)]
     return found or next((name for name in names if _fits(state_dict, name, {}) is None), None)
 
 
 def _inferred(state_dict: Dict[str, torch.Tensor], architecture: str) -> Optional[str]:
     """What a family's own `infer_variant` says: its filter may resize what tells variants apart."""
-    infer = getattr(_family(architecture), 'infer_variant', lambda state_dict: None)
+    infer = backbone_of(architecture).infer_variant
     try:
-        return infer(dict(state_dict))
+        return None if infer is None else infer(dict(state_dict))
     except (AttributeError, KeyError, RuntimeError, ValueError):
         return None
 
@@ -134,7 +132,7 @@ def _load(path: Path, architecture: str, kwargs: Dict[str, Any], state_dict: Dic
     with usage_errors(str(path)):
         model = timm.create_model(architecture, **kwargs)
         channels = model.in_chans
-        mapped = _family(architecture).checkpoint_filter_fn(dict(state_dict), model)
+        mapped = backbone_of(architecture).checkpoint_filter_fn(dict(state_dict), model)
         first = model.pretrained_cfg['first_conv']
         weight = mapped.get(f'{first}.weight')
         if weight is not None and weight.ndim == 4 and weight.shape[1] != channels:

@@ -11,13 +11,10 @@ in the form of record.json: hardware, wall time, metrics, limits.
 import argparse
 import csv
 import json
-import os
 import shutil
-import tempfile
-from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Optional, Sequence
+from typing import Any, Dict, List, Optional, Sequence
 
 import timm
 import torch
@@ -25,21 +22,21 @@ import yaml
 from timm.models import save_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401  registers the models
 
 from . import _script
+from ._folders import check_target, count_macs, folder_problems, new_folder
 from ._script import UsageError, usage_errors
 from ..models._timm import read_weights
+from .cards import write_card
 from ..models._castling import SCHEDULE_ARGUMENTS
 from ..zoo.hub import sha256
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Cfg, Dataset, Record, record_from_dict, write_record
 
-__all__ = ['count_macs', 'export_model', 'export_run']
+__all__ = ['export_model', 'export_run']
 
 _RUN_FILES = ('args.yaml', 'summary.csv', 'train.log')
-_CARD_NAME = 'README.md'
 
 DATASETS = {
     'torch/fashion_mnist': Dataset(
@@ -51,18 +48,6 @@ DATASETS = {
         'uoft-cs/cifar100', 'CIFAR-100', 'https://www.cs.toronto.edu/~kriz/cifar.html', None, 50000, 10000),
 }
 _LABELS = {'torch/fashion_mnist': 'FashionMNIST', 'torch/mnist': 'MNIST', 'torch/kmnist': 'KMNIST'}
-
-
-def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
-    """Multiply-accumulates for one image, the attention products counted.
-
-    Args:
-        model: A model on the device 'meta'.
-        input_size: Channels, height and width.
-    """
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(torch.empty(1, *input_size, device='meta'))
-    return counter.get_total_flops() // 2
 
 
 def labels_of(dataset: str) -> Optional[List[str]]:
@@ -102,41 +87,6 @@ def merged(base: Dict[str, Any], facts: Dict[str, Any]) -> Dict[str, Any]:
     return out
 
 
-@contextmanager
-def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill, which takes the place of `folder` once it is complete and leaves nothing behind otherwise."""
-    folder = Path(os.path.abspath(folder))
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        work = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f'.{folder.name}.'))
-    except OSError as e:
-        raise UsageError(f'{folder} cannot be made: {e.strerror}') from e
-    try:
-        new = work / folder.name  # cards name the folder
-        new.mkdir()
-        yield new
-        for path in new.rglob('*'):
-            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors writes for the owner alone
-        if folder.exists():
-            folder.rename(work / 'old')
-        new.rename(folder)
-    except OSError as e:
-        raise UsageError(f'{folder} cannot be written: {e.strerror or e}') from e
-    finally:
-        if (work / 'old').exists() and not folder.exists():
-            (work / 'old').rename(folder)
-        shutil.rmtree(work, ignore_errors=True)
-
-
-def check_target(folder: Path) -> None:
-    """Refuse to put a checkpoint in the place of something else."""
-    if folder.exists() and not folder.is_dir():
-        raise UsageError(f'{folder} is a file')
-    if folder.is_dir() and any(folder.iterdir()) and not any(
-            (folder / name).is_file() for name in (RECORD_NAME, 'config.json')):
-        raise UsageError(f'{folder} holds other things than a checkpoint: give a new or empty folder')
-
-
 def export_model(
         model: nn.Module,
         folder: Path,
@@ -155,8 +105,6 @@ def export_model(
         facts: Fields of the record beside those that follow from the model.
         files: Further files for the folder.
     """
-    from .cards import write_card
-    from .publish import folder_problems
 
     check_target(folder)
     architecture = model.pretrained_cfg['architecture']

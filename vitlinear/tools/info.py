@@ -1,7 +1,7 @@
-"""What there is: `vitlinear list` and `vitlinear info NAME`, and the facts behind them, the cards, README and the page.
+"""What there is: `vitlinear list` and `vitlinear info NAME`, and the facts behind them, the cards and README.
 
-Facts about checkpoints stand in their records, facts about architectures in timm's registry, in the docstring of the
-family's file and in `checkpoints/architectures.json`: the accuracies that others published, and counts of parameters
+Facts about checkpoints stand in their records, facts about architectures in timm's registry, in the family's file and
+in `zoo/architectures.json`: the accuracies that others published, and counts of parameters
 and operations, which `scripts/readme_tables` takes, since counting them all takes longer than a command should.
 """
 import fnmatch
@@ -10,44 +10,23 @@ import os
 import re
 import sys
 import textwrap
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from itertools import groupby
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
 
 import timm
-from timm.models import model_entrypoint
 
-import vitlinear  # noqa: F401  registers the models
+from vitlinear.models import backbone_of, is_ours
 from vitlinear.tools._script import Parser, UsageError, run_script, suggest
-from vitlinear.tools.export import count_macs
+from vitlinear.tools._folders import count_macs
+from vitlinear.zoo.families import Family
 from vitlinear.zoo.hub import hub_org
 from vitlinear.zoo.records import Record, find_record, records
 
 ARCHITECTURES = Path(__file__).parents[1] / 'zoo' / 'architectures.json'
 WIDTH = 80
-
-_MODELS = 'vitlinear.models.'
-
-
-class Family(NamedTuple):
-    """What the docstring of a family's file says.
-
-    Attributes:
-        name: Name of the file, which is timm's name of the module too.
-        title: Its first line.
-        paper: Title of the paper.
-        url: Address of the paper.
-        text: What is said about the family, and about what is the paper's and what is ours.
-        bibtex: Entry to cite.
-    """
-    name: str
-    title: str
-    paper: Optional[str]
-    url: Optional[str]
-    text: str
-    bibtex: str
 
 
 class Accuracy(NamedTuple):
@@ -94,33 +73,14 @@ class Model:
         return {k: v._asdict() if isinstance(v, (Accuracy, Weights)) else v for k, v in vars(self).items()}
 
 
-def is_ours(architecture: str) -> bool:
-    return timm.is_model(architecture) and model_entrypoint(architecture).__module__.startswith(_MODELS)
-
-
 def architectures() -> List[str]:
     """Names of our architectures, as timm lists them."""
     return [name for name in timm.list_models() if is_ours(name)]
 
 
 def family_of(architecture: str) -> Family:
-    """Facts from the docstring of the file that an architecture is defined in.
-
-    A docstring is a title, a line `Paper: 'TITLE', URL, ...`, text, and a BibTeX entry.
-    """
-    module = sys.modules[model_entrypoint(architecture).__module__]
-    title, _, rest = (module.__doc__ or '').strip().partition('\n')
-    text, at, bibtex = rest.partition('\n@')
-    paragraphs = [' '.join(p.split()) for p in text.split('\n\n') if p.strip()]
-    paper = next(filter(None, (re.match(r"Paper: '(.+?)', (https?://[^\s,]+)", p) for p in paragraphs)), None)
-    return Family(
-        name=module.__name__.rpartition('.')[2],
-        title=title,
-        paper=paper[1] if paper else None,
-        url=paper[2] if paper else None,
-        text='\n\n'.join(p for p in paragraphs if not p.startswith('Paper:')),
-        bibtex=at.strip() + bibtex.strip(),
-    )
+    """Facts about the family of an architecture."""
+    return backbone_of(architecture).family
 
 
 @lru_cache(maxsize=None)
@@ -356,7 +316,7 @@ def _info(argv: Optional[Sequence[str]] = None) -> None:
     family, record = family_of(model.architecture), find_record(model.name)
     if args.json:
         _say(json.dumps(
-            dict(model.to_dict(), family=family._asdict(), record=record.to_dict() if record else None), indent=2))
+            dict(model.to_dict(), family=asdict(family), record=record.to_dict() if record else None), indent=2))
         return
     lines = [model.name, '']
     for label, text in _facts(model):

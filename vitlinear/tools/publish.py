@@ -7,8 +7,6 @@
 The token is the one that `hf auth login` stored, or HF_TOKEN.
 """
 import hashlib
-import json
-import re
 import shutil
 import sys
 import tempfile
@@ -18,145 +16,22 @@ from pathlib import Path, PurePosixPath
 from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
 
 import huggingface_hub as hf
-import timm
 from huggingface_hub import errors as hf_errors
-from safetensors import SafetensorError, safe_open
 
 import vitlinear  # noqa: F401  registers the models
 
 from . import _script
 from ._script import RunError, UsageError, suggest
-from .export import check_target, new_folder
+from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
+from .cards import render_card, write_card
 from ..zoo.hub import (
     HubError, IntegrityError, cache_digest, check_file, download, hub_errors, hub_org, sha256, weights_repo)
 from ..zoo.records import (
-    RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, RecordError, find_record, read_record, record_text, records,
+    RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, find_record, read_record, record_text, records,
     write_record,
 )
 
 __all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
-
-_CARD_NAME = 'README.md'
-_PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')
-
-
-def _is_pickle(path: Path) -> bool:
-    """Whether loading the file could run code: by its name, or because it is one of PyTorch's or Python's pickles."""
-    if path.name.endswith(_PICKLES):
-        return True
-    with path.open('rb') as f:
-        head = f.read(4)
-    return head == b'PK\x03\x04' or bool(re.match(rb'\x80[\x02-\x05]', head))
-
-
-def folder_files(folder: Path) -> Dict[str, Path]:
-    """The files of a folder that belong on the Hub, by name there: all but hidden ones."""
-    found = {p.relative_to(folder).as_posix(): p for p in sorted(folder.rglob('*')) if p.is_file()}
-    return {name: p for name, p in found.items() if not any(part.startswith('.') for part in name.split('/'))}
-
-
-def folder_problems(folder: Union[str, Path], need_record: bool = True) -> List[str]:
-    """What is wrong with the folder of a checkpoint, as phrases; nothing if the list is empty.
-
-    Checked are the hash and size that the record gives, the agreement of record, config and card, that the weights fit
-    the architecture in names and shapes, and that no file can run code.
-
-    Args:
-        folder: The folder.
-        need_record: Whether a missing record is a problem.
-    """
-    folder = Path(folder)
-    if not folder.is_dir():
-        return [f'{folder} is no folder']
-    problems = [
-        f'{name} is or may be a pickle, which can run code when loaded: only safetensors files are published'
-        for name, path in folder_files(folder).items() if _is_pickle(path)]
-    config = _read_config(folder, problems)
-    shapes = _read_shapes(folder, problems)
-    if config and shapes:
-        problems += _misfits(folder, shapes)
-    try:
-        record = read_record(folder)
-    except FileNotFoundError:
-        return problems + ([f'{RECORD_NAME} is missing: there is nothing to check the weights against'] * need_record)
-    except RecordError as e:
-        return [*problems, str(e)]
-    path = folder / record.file
-    if record.file != WEIGHTS_NAME:
-        problems.append(f'{RECORD_NAME} is about {record.file}; the weights are called {WEIGHTS_NAME} on the Hub')
-    elif path.is_file():
-        found, size = sha256(path), path.stat().st_size
-        if found != record.sha256:
-            problems.append(f'{record.file} has the sha256 {found}, {RECORD_NAME} says {record.sha256}')
-        if size != record.size:
-            problems.append(f'{record.file} has {size} bytes, {RECORD_NAME} says {record.size}')
-    if config:
-        problems += _disagreements(record, config)
-    card = folder / _CARD_NAME
-    if not card.is_file():
-        problems.append(f'{_CARD_NAME} is missing: `vitlinear card {folder}` writes it')
-    else:
-        hashes = set(re.findall(r'\b[0-9a-f]{64}\b', card.read_text(encoding='utf-8', errors='replace')))
-        if hashes and record.sha256 not in hashes:
-            problems.append(f'{_CARD_NAME} names the sha256 of other weights: `vitlinear card {folder}` writes it anew')
-    return problems
-
-
-def _read_config(folder: Path, problems: List[str]) -> Dict[str, Any]:
-    try:
-        config = json.loads((folder / 'config.json').read_text(encoding='utf-8'))
-        architecture = config['architecture']
-        if not isinstance(config['pretrained_cfg'], dict):
-            raise TypeError('pretrained_cfg is no object')
-    except FileNotFoundError:
-        problems.append('config.json is missing')
-    except (KeyError, TypeError, ValueError) as e:
-        problems.append(f'config.json is no config of a timm model ({type(e).__name__}: {e})')
-    else:
-        if timm.is_model(architecture):
-            return config
-        problems.append(f'config.json names the architecture {architecture!r}, unknown to this vitlinear and timm')
-    return {}
-
-
-def _read_shapes(folder: Path, problems: List[str]) -> Dict[str, Tuple[int, ...]]:
-    path = folder / WEIGHTS_NAME
-    if not path.is_file():
-        problems.append(f'{WEIGHTS_NAME} is missing')
-        return {}
-    try:
-        with safe_open(path, 'pt') as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
-    except (OSError, SafetensorError) as e:
-        problems.append(f'{WEIGHTS_NAME} is no readable safetensors file ({e})')
-        return {}
-
-
-def _misfits(folder: Path, shapes: Dict[str, Tuple[int, ...]]) -> List[str]:
-    try:
-        model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta')
-    except Exception as e:
-        return [f'config.json makes no model ({str(e).splitlines()[0]})']
-    own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
-    wrong = sorted(k for k in {*own, *shapes} if own.get(k) != shapes.get(k))
-    if not wrong:
-        return []
-    name = wrong[0]
-    return [
-        f'{WEIGHTS_NAME} does not fit the model of config.json in {len(wrong)} places: {name} is '
-        f'{shapes.get(name, "missing")}, expected {own.get(name, "nothing")}']
-
-
-def _disagreements(record: Record, config: Dict[str, Any]) -> List[str]:
-    cfg = {**config['pretrained_cfg'], **{k: config[k] for k in ('num_classes', 'label_names') if k in config}}
-    told = dict(architecture=record.architecture, tag=record.tag, **{
-        name: getattr(record.cfg, name)
-        for name in ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'label_names')})
-    cfg['architecture'] = config['architecture']
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
-    return [
-        f'config.json says {name} = {found.get(name)!r}, {RECORD_NAME} {value!r}'
-        for name, value in told.items() if found.get(name) != value]
 
 
 class Upload(NamedTuple):
@@ -189,13 +64,12 @@ def _check_repo_id(repo_id: str) -> None:
 
 def _uploads(folder: Path, record: Record, repo_id: str) -> Tuple[List[Upload], bool]:
     """The files to be sent, and whether the card among them is the one that its record makes."""
-    from .cards import render_card
     files: Dict[str, Union[bytes, Path]] = dict(folder_files(folder))
     # the commit that a record stands in cannot be told in it
     files[RECORD_NAME] = record_text(replace(record, hub=Hub(repo_id))).encode()
-    generated = (folder / _CARD_NAME).read_text(encoding='utf-8') == render_card(record)
+    generated = (folder / CARD_NAME).read_text(encoding='utf-8') == render_card(record)
     if generated:
-        files[_CARD_NAME] = render_card(record, repo_id).encode()
+        files[CARD_NAME] = render_card(record, repo_id).encode()
     return [Upload.of(name, content) for name, content in files.items()], generated
 
 
@@ -273,7 +147,6 @@ def push(
     record = replace(record, hub=Hub(repo_id, commit), folder=folder)
     write_record(record, folder)
     if generated:
-        from .cards import write_card
         write_card(folder, record)
     print(f'{len(changed)} files of {size:,} bytes sent to {where}, commit {commit}.' if changed else
           f'Nothing to send: {where} has it all, commit {commit}.')
@@ -302,7 +175,7 @@ def _fetched(repo_id: str, revision: Optional[str]) -> Iterator[Tuple[str, Dict[
         name = PurePosixPath(sibling.rfilename)
         if name.is_absolute() or any(part.startswith('.') for part in name.parts):
             continue
-        if name.name.endswith(_PICKLES):
+        if name.name.endswith(PICKLES):
             print(f'{name} is left out: it is or may be a pickle', file=sys.stderr)
             continue
         path = download(repo_id, str(name), info.sha)

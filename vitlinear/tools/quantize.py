@@ -25,7 +25,7 @@ from torch import nn
 
 import vitlinear  # noqa: F401  registers the models
 
-from . import _script
+from . import _datasets, _script
 from ._script import Progress, UsageError, positive_int, usage_errors
 
 INPUT = 'images'
@@ -215,9 +215,9 @@ def quantize(args: argparse.Namespace) -> Dict[str, Any]:
     device, autocast = torch.device('cpu'), _script.autocast_for(args, torch.device('cpu'))
     config = _script.data_config_for(model, args, use_test_size=True)
     channels = config['input_size'][0]
-    dataset = _script.open_dataset(args, args.split, channels)
-    _script.check_classes(dataset, args.split, args.num_classes or model.num_classes)
-    known = _script.open_dataset(args, args.calibration_split, channels)
+    dataset = _datasets.open_dataset(args, args.split, channels)
+    _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
+    known = _datasets.open_dataset(args, args.calibration_split, channels)
     _script.check_forward(model, config['input_size'], device, autocast)
     loader = create_loader(
         dataset,

@@ -21,7 +21,7 @@ from timm.data import create_loader
 
 import vitlinear  # noqa: F401  registers the models
 
-from . import _script
+from . import _datasets, _script
 from ._script import Progress, UsageError, positive_int, usage_errors
 
 # Destinations of the flags of timm's validate.py that are left out, with timm's defaults.
@@ -91,8 +91,8 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
             _script.load_weights(model, args.checkpoint, args.use_ema, new_head=False)
     params = sum(p.numel() for p in model.parameters())
     data_config = _script.data_config_for(model, args, use_test_size=True)
-    dataset = _script.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
-    _script.check_classes(dataset, args.split, args.num_classes or model.num_classes)
+    dataset = _datasets.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
+    _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
     loader = create_loader(
         dataset,
         input_size=data_config['input_size'],

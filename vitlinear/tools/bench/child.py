@@ -7,11 +7,14 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from multiprocessing.connection import Connection
-from typing import Any, Callable, Optional
+from pathlib import Path
+from typing import Any
 
 from . import steps
+from .profile import operators
 
 MIN_TURN = .05  # seconds; short passes are repeated within a turn
 SETTLE = .01  # seconds; threads that have run out of work spin for a while, which is not to be in another's turn
@@ -30,13 +33,12 @@ def peak() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** (20 if sys.platform == 'darwin' else 10)
 
 
-def added(step: Callable[[], None]) -> Optional[float]:
+def added(step: Callable[[], None]) -> float | None:
     """Peak memory of a pass beyond what the process holds before it, in MiB; None where the system does not say."""
     gc.collect()
     try:
         ctypes.CDLL(None).malloc_trim(0)
-        with open('/proc/self/clear_refs', 'w') as f:
-            f.write('5')  # the peak so far is forgotten
+        Path('/proc/self/clear_refs').write_text('5')  # the peak so far is forgotten
         before = _resident('VmRSS')
     except (AttributeError, OSError):
         return None
@@ -60,21 +62,19 @@ def serve(connection: Connection) -> None:
     """
     connection.send('the libraries are loaded')
     order = connection.recv()
+    kind = order['row']['kind']
     step = steps.make_step(order)
     for _ in range(order['warmup']):
         seconds = _clock(step)
     repeats = max(1, math.ceil(MIN_TURN / max(seconds, 1e-6))) if seconds < MIN_TURN / 2 else 1
-    of_pass = added(step) if order['row']['kind'] in ('core', 'layer') else None
+    of_pass = added(step) if kind in ('core', 'layer') else None
     connection.send(dict(peak_mib=steps.gpu_peak(order) or peak()))
     while connection.recv() == 'pass':
         ms = 1e3 * _clock(step, repeats)
         time.sleep(SETTLE)
         connection.send(dict(ms=ms))
-    kind = order['row']['kind']
-    at_most = None if kind == 'ceiling' else of_pass if kind != 'model' else steps.gpu_peak(order) or peak()
-    facts = dict(steps.count(order), peak_mib=at_most)
+    facts = dict(steps.count(order), peak_mib=(steps.gpu_peak(order) or peak()) if kind == 'model' else of_pass)
     if order.get('profile'):
-        from .profile import operators
         facts['operators'] = operators(step)
     connection.send(facts)
 

@@ -22,12 +22,13 @@ import os
 import platform
 import sys
 import tempfile
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.metadata import version
 from importlib.util import find_spec
 from itertools import count, groupby, product
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -36,14 +37,12 @@ from tqdm import tqdm
 
 import vitlinear
 
+from ...inference.optimize import STEPS
 from .. import _script
 from .._script import Parser, RunError, UsageError, positive_int, run_script, suggest
-from ...optimize import STEPS
-from . import plot
-from .profile import Profiles
-from .profile import describe as describe_operators
+from . import plot, profile
 from .report import report
-from .rows import POINT, Row, Table, describe, read_text
+from .rows import POINT, Row, Table, describe, load, read_rows
 from .steps import ALL, CORES, DTYPES, HEAD_DIM, LAYERS
 from .workers import Worker, measure
 
@@ -113,7 +112,7 @@ def machine(device: str) -> str:
     """The processor, and those of its abilities that decide about speed."""
     if torch.device(device).type == 'cuda':
         return torch.cuda.get_device_name(device)
-    info: Dict[str, str] = {}
+    info: dict[str, str] = {}
     with suppress(OSError), open('/proc/cpuinfo') as f:
         pairs = (line.split(':', 1) for line in f.read().split('\n\n')[0].splitlines() if ':' in line)
         info = {k.strip(): v.strip() for k, v in pairs}
@@ -124,7 +123,7 @@ def machine(device: str) -> str:
     return f"{info['model name']} family {info.get('cpu family')} model {info.get('model')} {' '.join(flags)}".strip()
 
 
-def find_models(names: Sequence[str]) -> List[str]:
+def find_models(names: Sequence[str]) -> list[str]:
     """Names of models of timm, patterns replaced by what they match."""
     known, found = timm.list_models(), []
     for name in names:
@@ -144,91 +143,87 @@ def find_models(names: Sequence[str]) -> List[str]:
 
 def check(args: argparse.Namespace) -> None:
     """Say what is wrong with the arguments before anything is measured."""
-    def known(flag: str, names: Sequence[str], choices: Sequence[str]) -> None:
+    optimize = args.optimize or []
+    for flag, names, choices in (
+            ('--cores', args.cores or [], CORES), ('--layers', args.layers, LAYERS),
+            ('--optimize', optimize, (*STEPS, EACH))):
         for name in names:
             if name not in choices:
                 raise UsageError(f'{flag} {name}: not one of {", ".join(choices)}')
-
-    if not (args.models or args.also or args.cores is not None or args.layers or args.roofline):
-        raise UsageError('nothing to measure: give models, --also, --cores, --layers or --roofline; see --help')
-    known('--cores', args.cores or [], list(CORES))
-    known('--layers', args.layers, list(LAYERS))
-    if args.cores is not None and args.dim % HEAD_DIM:
-        raise UsageError(f'--dim {args.dim}: cores need a multiple of {HEAD_DIM}')
-    if args.layers and args.dim % 32:
-        raise UsageError(f'--dim {args.dim}: layers need a multiple of 32')
-    if args.layers and any(kernel % 2 == 0 for kernel in args.kernels):
-        raise UsageError(f'--kernels {" ".join(map(str, args.kernels))}: windows of layers have odd sides')
-    for spec in args.also:
-        if spec.count(':') != 2 or not os.path.isdir(spec.partition(':')[0]):
-            raise UsageError(f'--also {spec}: must be PATH:MODULE:NAME, PATH a folder')
-        if not args.sizes:
-            raise UsageError('--also needs --sizes')
-    known('--optimize', args.optimize or [], [*STEPS, EACH])
-    if EACH in (args.optimize or []) and len(args.optimize) > 1:
-        raise UsageError(f"--optimize {' '.join(args.optimize)}: '{EACH}' goes with no other")
-    if args.optimize is not None and args.mode != ['infer']:
-        raise UsageError('--optimize: an optimised model cannot be trained, give --mode infer')
-    if 'onnxruntime' in args.runtimes:
-        missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if find_spec(name) is None]
-        if missing:
-            raise UsageError(f'--runtimes onnxruntime: {", ".join(missing)} not found, pip install vitlinear[export]')
-        if 'infer' not in args.mode or args.device != 'cpu':
-            raise UsageError('--runtimes onnxruntime: for --mode infer and --device cpu only')
+    needs_onnx = 'onnxruntime' in args.runtimes
+    missing = [name for name in ('onnx', 'onnxscript', 'onnxruntime') if needs_onnx and find_spec(name) is None]
+    for is_wrong, text in (
+            (not (args.models or args.also or args.cores is not None or args.layers or args.roofline),
+             'nothing to measure: give models, --also, --cores, --layers or --roofline; see --help'),
+            (args.cores is not None and args.dim % HEAD_DIM, f'--dim {args.dim}: cores need a multiple of {HEAD_DIM}'),
+            (args.layers and args.dim % 32, f'--dim {args.dim}: layers need a multiple of 32'),
+            (args.layers and any(kernel % 2 == 0 for kernel in args.kernels),
+             f'--kernels {" ".join(map(str, args.kernels))}: windows of layers have odd sides'),
+            *((spec.count(':') != 2 or not os.path.isdir(spec.partition(':')[0]),
+               f'--also {spec}: must be PATH:MODULE:NAME, PATH a folder') for spec in args.also),
+            (args.also and not args.sizes, '--also needs --sizes'),
+            (EACH in optimize and len(optimize) > 1, f"--optimize {' '.join(optimize)}: '{EACH}' goes with no other"),
+            (args.optimize is not None and args.mode != ['infer'],
+             '--optimize: an optimised model cannot be trained, give --mode infer'),
+            (missing, f'--runtimes onnxruntime: {", ".join(missing)} not found, pip install vitlinear[export]'),
+            (needs_onnx and ('infer' not in args.mode or args.device != 'cpu'),
+             '--runtimes onnxruntime: for --mode infer and --device cpu only'),
+            (args.out and (args.out.suffix not in ('.csv', '.json') or args.out.is_dir()),
+             f'--out {args.out}: must be a file that ends in .csv or .json'),
+            (args.profile and (args.profile.suffix != '.csv' or args.profile.is_dir()),
+             f'--profile {args.profile}: must be a file that ends in .csv')):
+        if is_wrong:
+            raise UsageError(text)
     _script.check_device(args.device)
-    if args.out and (args.out.suffix not in ('.csv', '.json') or args.out.is_dir()):
-        raise UsageError(f'--out {args.out}: must be a file that ends in .csv or .json')
-    if args.profile and (args.profile.suffix != '.csv' or args.profile.is_dir()):
-        raise UsageError(f'--profile {args.profile}: must be a file that ends in .csv')
+    if args.profile and args.profile.exists():
+        load(args.profile, profile.FIELDS, 'profiles')
 
 
-def optimizations(given: Optional[Sequence[str]]) -> List[str]:
+def optimizations(given: Sequence[str] | None) -> list[str]:
     """What --optimize asks for, each as a row tells it: names of steps, `ALL`, or nothing."""
     if given == [EACH]:
         return ['', *('+'.join(STEPS[:n]) for n in range(1, len(STEPS))), ALL]
     return [''] if given is None else ['+'.join(given) or ALL]
 
 
-def plan(args: argparse.Namespace) -> List[Dict[str, Any]]:
+def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
     """All points in the order of measurement, peers in a row, as orders of `child.serve`."""
     place = dict(
         cpu=machine(args.device), torch=torch.__version__, timm=timm.__version__, vitlinear=vitlinear.__version__)
-    models: List[Tuple[str, Optional[str]]] = [(name, None) for name in find_models(args.models)]
+    models: list[tuple[str, str | None]] = [(name, None) for name in find_models(args.models)]
     models += [(spec.split(':', 1)[1], spec) for spec in args.also]
-    orders: List[Dict[str, Any]] = []
+    orders: list[dict[str, Any]] = []
 
-    def add(
-            kind: str, model: str, mode: str, dtype: str, size: int, batch: int, threads: int, kwargs: Dict[str, Any],
-            runtime: str = 'eager', optimized: str = '', kernel: Optional[int] = None, also: Optional[str] = None,
-    ) -> None:
-        last = kind == 'model' and args.channels_last and runtime != 'onnxruntime'
+    def add(kind: str, model: str, kwargs: dict[str, Any], also: str | None = None, **point: Any) -> None:
+        onnx = point.get('runtime') == 'onnxruntime'
+        last = kind == 'model' and args.channels_last and not onnx
         row = dict(
-            kind=kind, model=model, kwargs=' '.join(f'{k}={v}' for k, v in kwargs.items()), mode=mode, runtime=runtime,
-            optimized=optimized, dtype=dtype, size=size, kernel=kernel, batch=batch,
-            memory_format='channels_last' if last else 'contiguous', threads=threads,
+            kind=kind, model=model, kwargs=' '.join(f'{k}={v}' for k, v in kwargs.items()),
+            **{'mode': '', 'runtime': 'eager', 'optimized': '', 'kernel': None, 'batch': 1, **point},
+            memory_format='channels_last' if last else 'contiguous',
             allocator='kept' if args.keep_memory else 'default', **place,
-            onnxruntime=version('onnxruntime') if runtime == 'onnxruntime' else '')
+            onnxruntime=version('onnxruntime') if onnx else '')
         orders.append(dict(
             row=row, kwargs=kwargs, also=also, warmup=args.warmup, device=args.device, profile=bool(args.profile)))
 
+    own_size = {name: timm.get_pretrained_cfg(name).input_size[-1] for name, also in models if not also}
     for threads in args.threads:
         if args.roofline:
             for dtype in args.dtypes:
-                add('ceiling', 'gemm', '', dtype, GEMM, 1, threads, {})
-            add('ceiling', 'copy', '', 'fp32', COPY_MIB, 1, threads, {})
-        sizes = args.sizes or sorted({timm.get_pretrained_cfg(name).input_size[-1] for name, _ in models})
-        for size, batch, dtype, mode, runtime in product(sizes, args.batches, args.dtypes, args.mode, args.runtimes):
-            if (mode, runtime) == ('train', 'onnxruntime'):
-                continue
+                add('ceiling', 'gemm', {}, dtype=dtype, size=GEMM, threads=threads)
+            add('ceiling', 'copy', {}, dtype='fp32', size=COPY_MIB, threads=threads)
+        for size, batch, dtype, mode, runtime in product(
+                args.sizes or sorted(set(own_size.values())), args.batches, args.dtypes, args.mode, args.runtimes):
             for (name, also), optimized in product(models, optimizations(args.optimize)):
-                if args.sizes or timm.get_pretrained_cfg(name).input_size[-1] == size:
-                    add('model', name, mode, dtype, size, batch, threads, args.model_kwargs, runtime, optimized,
-                        also=also)
+                if (mode, runtime) != ('train', 'onnxruntime') and (args.sizes or own_size[name] == size):
+                    add('model', name, args.model_kwargs, also, mode=mode, dtype=dtype, size=size, batch=batch,
+                        threads=threads, runtime=runtime, optimized=optimized)
         for mode, batch, dtype in product(args.mode, args.batches, args.dtypes):
-            for tokens, name in product(args.tokens, [] if args.cores is None else args.cores or CORES):
-                add('core', name, mode, dtype, tokens, batch, threads, dict(dim=args.dim))
+            point = dict(mode=mode, batch=batch, dtype=dtype, threads=threads)
+            for size, name in product(args.tokens, [] if args.cores is None else args.cores or CORES):
+                add('core', name, dict(dim=args.dim), size=size, **point)
             for size, kernel, name in product(args.sizes or [56], args.kernels, args.layers):
-                add('layer', name, mode, dtype, size, batch, threads, dict(dim=args.dim), kernel=kernel)
+                add('layer', name, dict(dim=args.dim), size=size, kernel=kernel, **point)
     return orders
 
 
@@ -243,7 +238,6 @@ def run(args: argparse.Namespace) -> None:
     bar = tqdm(
         total=len(left) * (args.rounds + 1), unit='pass', dynamic_ncols=True, disable=not sys.stderr.isatty())
     failures = 0
-    profiles = Profiles(args.profile) if args.profile else None
 
     def emit(row: Row) -> None:
         nonlocal failures
@@ -252,18 +246,18 @@ def run(args: argparse.Namespace) -> None:
         table.add(row)
         with bar.external_write_mode(file=sys.stdout):
             print(describe(row), flush=True)
-            if profiles and operators:
-                profiles.add(row, operators)
-                print(describe_operators(row, operators), flush=True)
+            if operators:
+                profile.add(args.profile, row, operators)
+                print(profile.describe(row, operators), flush=True)
 
-    def condition(order: Dict[str, Any]) -> Tuple[Any, ...]:
+    def condition(order: dict[str, Any]) -> tuple[Any, ...]:
         own = ('model', 'size', 'dtype') if order['row']['kind'] == 'ceiling' else ()
         return tuple(order['row'][f] for f in POINT if f not in ('model', 'kwargs', 'optimized') or f in own)
 
     with bar, tempfile.TemporaryDirectory(prefix='vitlinear-bench-') as folder:
         numbers = count()
 
-        def start(order: Dict[str, Any]) -> Worker:
+        def start(order: dict[str, Any]) -> Worker:
             bar.set_description(f'{order["row"]["model"]} {order["row"]["dtype"]} {order["row"]["size"]}')
             return Worker(dict(order, folder=folder), args.timeout, Path(folder) / f'{next(numbers)}.log')
 
@@ -280,7 +274,7 @@ def draw(args: argparse.Namespace) -> None:
     """The plots of some files."""
     if not args.out or args.out.is_file() or args.out.suffix in ('.csv', '.json'):
         raise UsageError('--plot: give a folder for the plots with --out')
-    rows = [row for name in args.plot for row in read_text(Path(name))]
+    rows = [row for name in args.plot for row in read_rows(Path(name))]
     try:
         files = plot.plot(rows, args.out)
     except (ImportError, ValueError, OSError) as e:
@@ -289,10 +283,10 @@ def draw(args: argparse.Namespace) -> None:
         print(path)
 
 
-def bench(argv: Optional[Sequence[str]] = None) -> None:
+def bench(argv: Sequence[str] | None = None) -> None:
     args = build_parser().parse_args(argv)
     (draw if args.plot else run)(args)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run_script('bench', lambda: bench(argv))

@@ -7,22 +7,27 @@ import os
 import re
 import statistics
 import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any
 
-from vitlinear.tools import info
-from vitlinear.tools._script import UsageError
+from .. import info
+from .._script import UsageError
+from .rows import Row
 
 # What each format says of when and by what it was made, left out so that equal rows make equal files.
 FORMATS = {'svg': {'Date': None, 'Creator': None}, 'png': {'Software': None}}
 BASELINE = 'softmax'
 
-# One hue a family, greys for the rest; the hues are Okabe and Ito's, told apart with colour-blind eyes too.
-_HUES = ('#009E73', '#CC79A7', '#D55E00', '#0072B2', '#E69F00', '#56B4E9')
+# One hue a family, by how its names begin, greys for the rest; the hues are Okabe and Ito's, told apart with
+# colour-blind eyes too.
+_HUES = dict(castling='#009E73', gkvit='#CC79A7', qna_vit='#D55E00', vvt='#0072B2', xvit='#E69F00')
+_OTHER_HUE = '#56B4E9'
 _GREYS = ('#1a1a1a', '#8a8a8a', '#505050', '#a0a0a0', '#6e6e6e')
 _MARKERS = 'osD^vPX<>p*h'
 _DASHES = ((0, (4, 1.5)), (0, (1, 1.2)), (0, (6, 1.5, 1, 1.5)))
-_FAMILIES = dict(linear_angular='castling_vit', random_walk='gkvit', qna='qna_vit', vicinity='vvt', xnorm='xvit')
+_FAMILIES = dict(linear_angular='castling', random_walk='gkvit', qna='qna_vit', vicinity='vvt', xnorm='xvit')
 _WORDS = dict(
     fp32='float32', bf16='bfloat16', infer='inference', train='training step', kept='freed memory kept', default='',
     compile='torch.compile', channels_last='channels last')
@@ -38,51 +43,26 @@ _AROUND = (  # where a name may stand beside its point
     (5, -5, 'left', 'top'), (-5, 5, 'right', 'bottom'))
 
 
-class _Row(NamedTuple):
-    """A measurement; `condition` is what two of them must share to be compared, the machine last."""
-    kind: str
-    model: str
-    kwargs: str
-    size: int
-    condition: Tuple[str, ...]
-    ms: Optional[Tuple[float, float, float]]
-    mib: Optional[float]
-    facts: Mapping[str, str]
+def _condition(row: Row) -> tuple[str, ...]:
+    """What two rows must share to be compared, but for the machine, in words."""
+    words = (
+        row['mode'], row['dtype'], f'batch {row["batch"]}', f'{row["threads"]} thread{"s" * (row["threads"] > 1)}',
+        row['allocator'], row['runtime'].replace('eager', ''), row['memory_format'].replace('contiguous', ''),
+        f'optimized {row["optimized"]}' if row['optimized'] else '')
+    return tuple(filter(None, words))
 
 
-def _number(text: Optional[str]) -> Optional[float]:
-    try:
-        value = float(text or '')
-    except ValueError:
-        return None
-    return value if math.isfinite(value) and value > 0 else None
+def _ms(row: Row) -> tuple[float, ...]:
+    """Median and quartiles of the time for an image."""
+    return tuple(row[name] / row['batch'] for name in ('median_ms', 'p25_ms', 'p75_ms'))
 
 
-def _read(row: Mapping[str, str]) -> Optional[_Row]:
-    """A row of a file of measurements, or None where it holds none."""
-    size = _number(row.get('size'))
-    if size is None or not row.get('model') or (row.get('status') or 'ok') != 'ok':
-        return None
-    batch, threads = _number(row.get('batch')) or 1., _number(row.get('threads'))
-    ms = [_number(row.get(name)) for name in ('median_ms', 'p25_ms', 'p75_ms')]
-    condition = (
-        row.get('mode') or 'infer', row.get('dtype') or 'fp32', f'batch {batch:g}',
-        f'{threads:g} thread{"s" * (threads > 1)}' if threads else '', row.get('allocator') or 'default',
-        *((row.get(name) or '').replace(usual, '') for name, usual in (
-            ('runtime', 'eager'), ('memory_format', 'contiguous'))),
-        f'optimized {row["optimized"]}' if row.get('optimized') else '')
-    return _Row(
-        row.get('kind') or 'model', row['model'], row.get('kwargs') or '', round(size),
-        (*filter(None, condition), row.get('cpu') or ''),
-        tuple((value or ms[0]) / batch for value in ms) if ms[0] else None, _number(row.get('peak_mib')), row)
-
-
-def fit_exponent(points: Sequence[Tuple[float, float]]) -> float:
+def fit_exponent(points: Sequence[tuple[float, float]]) -> float:
     """Slope of the least-squares line through (log x, log y), the exponent k of y ~ x ** k."""
     return statistics.linear_regression([math.log(x) for x, _ in points], [math.log(y) for _, y in points]).slope
 
 
-def find_crossover(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Optional[float]:
+def find_crossover(ours: Mapping[int, float], theirs: Mapping[int, float]) -> float | None:
     """Size from which on `ours` stays below `theirs`, both times by size, on straight lines between logarithms.
 
     Returns:
@@ -98,28 +78,33 @@ def find_crossover(ours: Mapping[int, float], theirs: Mapping[int, float]) -> Op
     return sizes[last] * (sizes[last + 1] / sizes[last]) ** (gaps[last] / (gaps[last] - gaps[last + 1]))
 
 
-def _styles(names: Sequence[str]) -> Dict[str, Dict[str, Any]]:
+def _family(name: str) -> str:
+    """Of a model of ours or of an attention core, '' for others."""
+    first = name.split(' ')[0].partition('.')[0]
+    if not info.is_ours(first):
+        return _FAMILIES.get(first, '')
+    return next((family for family in _HUES if first.startswith(family)), first)
+
+
+def _styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:
     """How to draw each model: the hue of its family in as many shades as it has members, or a grey."""
     from matplotlib.colors import to_rgb
-    hues = sorted({info.family_of(name).name for name in info.architectures()})
-    groups: Dict[str, List[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        first = name.split(' ')[0].partition('.')[0]
-        family = info.family_of(first).name if info.is_ours(first) else _FAMILIES.get(first, '')
-        groups.setdefault(family, []).append(name)
-    styles: Dict[str, Dict[str, Any]] = {}
+        groups.setdefault(_family(name), []).append(name)
+    styles: dict[str, dict[str, Any]] = {}
     for family, members in groups.items():
         for i, name in enumerate(members):
             colour, dashes = _GREYS[i % len(_GREYS)], _DASHES[i % len(_DASHES)]
             if family:
                 by = 0. if len(members) == 1 else -.4 + .8 * i / (len(members) - 1)  # from darker to lighter
-                hue = to_rgb(_HUES[hues.index(family) % len(_HUES)])
+                hue = to_rgb(_HUES.get(family, _OTHER_HUE))
                 colour, dashes = tuple(c * (1 + by) if by < 0 else c + (1 - c) * by for c in hue), '-'
             styles[name] = dict(color=colour, linestyle=dashes, marker=_MARKERS[len(styles) % len(_MARKERS)])
     return styles
 
 
-def _set_log_axis(axis: Any, low: float, high: float, ticks: Optional[Mapping[float, str]] = None) -> None:
+def _set_log_axis(axis: Any, low: float, high: float, ticks: Mapping[float, str] | None = None) -> None:
     """A logarithmic axis with a little room at both ends and round numbers on it, the more the shorter it is."""
     room = max((high / low) ** .05, 1.04)
     low, high = low / room, high * room
@@ -135,20 +120,20 @@ def _set_log_axis(axis: Any, low: float, high: float, ticks: Optional[Mapping[fl
     axis.set_ticks(list(ticks), list(ticks.values()))
 
 
-def _new_figure(height: float, title: str, rows: Sequence[_Row]) -> Any:
+def _new_figure(height: float, title: str, rows: Sequence[Row]) -> Any:
     """A figure with title, condition and, at its foot, machine and versions."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     def all_of(key: str) -> str:
-        return ' and '.join(sorted({row.facts[key] for row in rows if row.facts.get(key)}))
+        return ' and '.join(sorted({row[key] for row in rows if row[key]}))
 
-    libraries = ['torch', 'timm', 'vitlinear'] + ['onnxruntime'] * ('onnxruntime' in rows[0].condition)
-    versions = ', '.join(f'{name} {all_of(name)}' for name in libraries if all_of(name))
+    versions = ', '.join(
+        f'{name} {all_of(name)}' for name in ('torch', 'timm', 'vitlinear', 'onnxruntime') if all_of(name))
     figure = Figure(figsize=(_WIDTH, height))
     FigureCanvasAgg(figure)  # measures text
     figure.text(.012, 1 - .1 / height, title, weight='bold', size=10.5, va='top')
-    condition = ', '.join(filter(None, (_WORDS.get(word, word) for word in rows[0].condition[:-1])))
+    condition = ', '.join(filter(None, (_WORDS.get(word, word) for word in _condition(rows[0]))))
     figure.text(.012, 1 - .32 / height, condition, size=8.5, color='#555555', va='top')
     figure.text(.012, .07 / height, '; '.join(filter(None, (all_of('cpu'), versions))), size=6.5, color='#777777')
     return figure
@@ -158,9 +143,9 @@ def _box(text: Any) -> Any:
     return text.get_window_extent(text.figure.canvas.get_renderer())
 
 
-def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> List[float]:
+def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
     """Positions in descending order, `gap` apart at least, near the wanted ones and between the bounds."""
-    placed: List[float] = []
+    placed: list[float] = []
     for i, position in enumerate(wanted):  # as high as wanted, leaving room below for those that follow
         position = min(max(position, low + gap * (len(wanted) - 1 - i)), high - gap * i)
         placed.append(min(position, placed[-1] - gap) if placed else position)
@@ -171,11 +156,11 @@ def _spread(wanted: Sequence[float], gap: float, low: float, high: float) -> Lis
 
 
 def _draw_lines(
-        lines: Mapping[str, Sequence[Tuple[float, float, float, float]]],
+        lines: Mapping[str, Sequence[tuple[float, float, float, float]]],
         notes: Mapping[str, str],
-        rows: Sequence[_Row],
+        rows: Sequence[Row],
         title: str,
-        labels: Tuple[str, str],
+        labels: tuple[str, str],
         ticks: Mapping[float, str],
         heading: str,
 ) -> Any:
@@ -217,44 +202,35 @@ def _draw_lines(
     return figure, ax, styles
 
 
-def _grouped(rows: Sequence[_Row]) -> Dict[str, Dict[int, _Row]]:
+def _grouped(rows: Sequence[Row]) -> dict[str, dict[int, Row]]:
     """Rows by label and size, where there are two sizes or more; of two rows for one point the later holds."""
-    lines: Dict[str, Dict[int, _Row]] = {}
+    lines: dict[str, dict[int, Row]] = {}
     for row in rows:
-        lines.setdefault(f'{row.model} {row.kwargs}'.strip(), {})[row.size] = row
+        lines.setdefault(f'{row["model"]} {row["kwargs"]}'.strip(), {})[row['size']] = row
     return {label: dict(sorted(line.items())) for label, line in lines.items() if len(line) > 1}
 
 
-def _draw_pixels(rows: Sequence[_Row], value: Callable[[_Row], Any], title: str, label: str) -> Any:
+def _draw_pixels(rows: Sequence[Row], value: Callable[[Row], Any], title: str, label: str) -> Any:
     grouped = _grouped([row for row in rows if value(row)])
     if not grouped:
         return None
     lines = {name: [(size ** 2, *value(row)) for size, row in line.items()] for name, line in grouped.items()}
     notes = {name: f'{fit_exponent([p[:2] for p in points]):.2f}' for name, points in lines.items()}
-    ticks: Dict[float, str] = {}
+    ticks: dict[float, str] = {}
     for size in sorted({size for line in grouped.values() for size in line}):
         if not ticks or size ** 2 > 1.5 * max(ticks):  # labels apart
             ticks[size ** 2] = f'{size}\u00b2'
     return _draw_lines(lines, notes, rows, title, ('image (pixels)', label), ticks, 'exponent')[0]
 
 
-def _draw_latency(rows: Sequence[_Row]) -> Any:
-    return _draw_pixels(rows, lambda row: row.ms, 'Latency against pixels', 'time per image (ms)')
-
-
-def _draw_memory(rows: Sequence[_Row]) -> Any:
-    return _draw_pixels(
-        rows, lambda row: row.mib and (row.mib,) * 3, 'Peak memory against pixels', 'peak memory of the process (MiB)')
-
-
-def _draw_cores(rows: Sequence[_Row]) -> Any:
+def _draw_cores(rows: Sequence[Row]) -> Any:
     """Attention without its projections; a ring marks from where on it stays faster than softmax attention."""
-    rows = [row for row in rows if row.ms]
-    shared = {row.kwargs for row in rows}
-    if len(shared) == 1:  # said once, in the title
-        rows = [row._replace(kwargs='') for row in rows]
+    shared = {row['kwargs'] for row in rows}
+    said = f', {shared.pop()}' if len(shared) == 1 and '' not in shared else ''  # once, in the title
+    if said:
+        rows = [{**row, 'kwargs': ''} for row in rows]
     grouped = _grouped(rows)
-    times = {label: {size: row.ms[0] for size, row in line.items()} for label, line in grouped.items()}
+    times = {label: {size: _ms(row)[0] for size, row in line.items()} for label, line in grouped.items()}
     bases = {label.partition(' ')[2]: label for label in grouped if label.partition(' ')[0] == BASELINE}
     pairs = {label: bases.get(label.partition(' ')[2]) for label in grouped if label not in bases.values()}
     if not any(pairs.values()):
@@ -262,11 +238,10 @@ def _draw_cores(rows: Sequence[_Row]) -> Any:
     found = {label: find_crossover(times[label], times[base]) for label, base in pairs.items() if base}
     notes = {label: '' if label not in found else 'nowhere' if found[label] is None else
              f'{float(f"{found[label]:.2g}"):,.0f} tokens' for label in grouped}
-    title = 'Attention cores against softmax attention' + (f', {shared.pop()}' if shared != {''} and len(shared) == 1
-                                                           else '')
+    lines = {label: [(size, *_ms(row)) for size, row in line.items()] for label, line in grouped.items()}
     figure, ax, styles = _draw_lines(
-        {label: [(size, *row.ms) for size, row in line.items()] for label, line in grouped.items()}, notes, rows,
-        title, ('tokens', 'time per image (ms)'), {s: f'{s:,}' for line in times.values() for s in line}, 'faster from')
+        lines, notes, rows, f'Attention cores against softmax attention{said}', ('tokens', 'time per image (ms)'),
+        {size: f'{size:,}' for line in times.values() for size in line}, 'faster from')
     for label, tokens in found.items():
         if tokens is not None:
             low = max(s for s in times[label] if s <= tokens)
@@ -277,21 +252,21 @@ def _draw_cores(rows: Sequence[_Row]) -> Any:
     return figure
 
 
-def _accuracy(row: _Row) -> Optional[info.Accuracy]:
+def _accuracy(row: Row) -> info.Accuracy | None:
     """The figure known for a model as measured: our architecture, unchanged, at the size the figure belongs to."""
-    if not row.ms or row.kwargs or row.condition[0] == 'train' or not info.is_ours(row.model.partition('.')[0]):
+    if row['kwargs'] or row['mode'] == 'train' or not info.is_ours(row['model'].partition('.')[0]):
         return None
     try:
-        model = info.find_model(row.model)
+        model = info.find_model(row['model'])
     except UsageError:  # a tag that this version does not have
         return None
-    return model.accuracy if model.input_size[-1] == row.size else None
+    return model.accuracy if model.input_size[-1] == row['size'] else None
 
 
-def _draw_accuracy(rows: Sequence[_Row]) -> Any:
+def _draw_accuracy(rows: Sequence[Row]) -> Any:
     """Models as points, joined within a family; filled where we measured the accuracy, hollow where others state it."""
     from matplotlib.lines import Line2D
-    points = {row.model: (row.ms[0], _accuracy(row)) for row in rows}
+    points = {row['model']: (_ms(row)[0], _accuracy(row)) for row in rows}
     if len(points) < 2:
         return None
     dataset, height = _accuracy(rows[0]).dataset, 4.2
@@ -302,9 +277,9 @@ def _draw_accuracy(rows: Sequence[_Row]) -> Any:
     _set_log_axis(ax.xaxis, min(xs), max(xs) * reach)
     room = .15 * max(max(ys) - min(ys), .1)
     ax.set(xlabel='time per image (ms)', ylabel=f'top-1 accuracy (%), {dataset}', ylim=(min(ys) - room, max(ys) + room))
-    families: Dict[str, List[str]] = {}
+    families: dict[str, list[str]] = {}
     for name in sorted(points, key=lambda name: points[name][0]):
-        families.setdefault(info.find_model(name).family, []).append(name)
+        families.setdefault(_family(name), []).append(name)
     styles, taken = _styles([members[0] for members in families.values()]), []
     for members in families.values():
         colour, marker = (styles[members[0]][k] for k in ('color', 'marker'))
@@ -331,7 +306,14 @@ def _draw_accuracy(rows: Sequence[_Row]) -> Any:
     return figure
 
 
-_DRAW = dict(latency=_draw_latency, memory=_draw_memory, cores=_draw_cores, accuracy=_draw_accuracy)
+_DRAW = dict(
+    latency=partial(_draw_pixels, value=_ms, title='Latency against pixels', label='time per image (ms)'),
+    memory=partial(
+        _draw_pixels, value=lambda row: row['peak_mib'] and (row['peak_mib'],) * 3,
+        title='Peak memory against pixels', label='peak memory of the process (MiB)'),
+    cores=_draw_cores,
+    accuracy=_draw_accuracy,
+)
 
 
 def _save(figure: Any, path: Path) -> None:
@@ -347,12 +329,8 @@ def _save(figure: Any, path: Path) -> None:
         raise
 
 
-def plot(
-        rows: Sequence[Mapping[str, str]],
-        folder: Union[str, os.PathLike],
-        formats: Sequence[str] = ('svg', 'png'),
-) -> List[Path]:
-    """Draw all that the rows allow.
+def plot(rows: Sequence[Row], folder: str | os.PathLike) -> list[Path]:
+    """Draw all that the rows allow, each as SVG and as PNG.
 
     * latency_CONDITION and memory_CONDITION: a line for each model measured at two sizes or more, over pixels, with
       the band between its quartiles and its fitted exponent.
@@ -360,43 +338,40 @@ def plot(
     * accuracy_DATASET_CONDITION: models of known accuracy, measured at the size that it belongs to.
 
     Args:
-        rows: Rows of the files that `vitlinear bench` writes; columns may be missing, as in older files. Of two rows
-            for one point the later holds, and rows that report a failure are left out.
+        rows: Rows of `rows.read_rows`. Of two rows for one point the later holds, and rows that report a failure are
+            left out.
         folder: Where to write; made if there is none.
-        formats: 'svg', 'png' or both.
 
     Returns:
         The files, which are the same for the same rows.
 
     Raises:
         ImportError: matplotlib is not installed.
-        ValueError: A format is unknown, or the rows allow no plot.
+        ValueError: The rows allow no plot.
     """
-    if not formats or not set(formats) <= set(FORMATS):
-        raise ValueError(f'formats={tuple(formats)!r} must be some of {", ".join(FORMATS)}')
     try:
         from matplotlib import style
     except ImportError as e:
         raise ImportError("plots need matplotlib: pip install 'vitlinear[bench]'") from e
 
-    known = [row for row in map(_read, rows) if row]
-    machines = sorted({row.condition[-1] for row in known})
-    groups: Dict[Tuple[str, str], List[_Row]] = {}
+    known = [row for row in rows if row['status'] == 'ok']
+    machines = sorted({row['cpu'] for row in known})
+    groups: dict[tuple[str, str], list[Row]] = {}
     for row in known:
-        condition = '_'.join(word.replace(' ', '') for word in row.condition[:-1])
+        condition = '_'.join(word.replace(' ', '') for word in _condition(row))
         if len(machines) > 1:
-            condition += f'_machine{machines.index(row.condition[-1]) + 1}'
-        names = {'core': ['cores'], 'model': ['latency', 'memory']}.get(row.kind, [])
-        if row.kind == 'model' and (accuracy := _accuracy(row)):
+            condition += f'_machine{machines.index(row["cpu"]) + 1}'
+        names = {'core': ['cores'], 'model': ['latency', 'memory']}.get(row['kind'], [])
+        if row['kind'] == 'model' and (accuracy := _accuracy(row)):
             names = [*names, f'accuracy_{accuracy.dataset}']
         for name in names:
             groups.setdefault((name, condition), []).append(row)
 
-    files: List[Path] = []
+    files: list[Path] = []
     with style.context(['default', _STYLE]):
         for (name, condition), group in sorted(groups.items()):
             figure = _DRAW[name.partition('_')[0]](group)
-            for format in formats if figure else ():
+            for format in FORMATS if figure else ():
                 Path(folder).mkdir(parents=True, exist_ok=True)
                 stem = re.sub(r'[^a-z0-9_.-]+', '-', f'{name}_{condition}'.lower())
                 files.append(Path(folder) / f'{stem}.{format}')

@@ -1,18 +1,17 @@
 """What the operators of a pass take, one after the other."""
-import csv
 import time
 from collections import defaultdict
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Sequence
+from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
-from .._script import UsageError
-from ...zoo.records import csv_text, write_text
-from .rows import FIELDS, Row, title
+from ...zoo.records import csv_text
+from .rows import CONDITION, Row, load, save, title
 
-FIELDS_OF_POINT = (*FIELDS[:FIELDS.index('params_m')], 'cpu', 'torch')
-FIELDS_OF_OPERATOR = ('operator', 'calls', 'ms', 'share')
+FIELDS_OF_POINT = (*CONDITION, 'cpu', 'torch')
+FIELDS = (*FIELDS_OF_POINT, 'operator', 'calls', 'ms', 'share')
 LEAST = .01  # of the time of a pass; operators that take less are told together
 OTHERS = 'other operators'
 OUTSIDE = 'outside operators'  # Python, and what the profiler itself takes
@@ -25,7 +24,7 @@ def _name(key: str, shapes: Sequence[Any]) -> str:
     return f'{name}, depthwise' if is_depthwise else name
 
 
-def operators(step: Callable[[], Any]) -> List[Row]:
+def operators(step: Callable[[], Any]) -> list[Row]:
     """Calls of each operator in a pass, and the milliseconds that it took itself, the longest first.
 
     Depthwise convolutions, those whose weight has one input channel, are told from others. Operators that take less
@@ -37,8 +36,8 @@ def operators(step: Callable[[], Any]) -> List[Row]:
         start = time.perf_counter()
         step()
         total = 1e3 * (time.perf_counter() - start)
-    calls: Dict[str, int] = defaultdict(int)
-    ms: Dict[str, float] = defaultdict(float)
+    calls: dict[str, int] = defaultdict(int)
+    ms: dict[str, float] = defaultdict(float)
     for event in profiler.key_averages(group_by_input_shape=True):
         name = _name(event.key, event.input_shapes)
         calls[name] += event.count
@@ -58,36 +57,13 @@ def describe(row: Row, found: Sequence[Row]) -> str:
     return f'{title(row)}: {text}'
 
 
-class Profiles:
-    """The file of all profiles, which keeps those of other points."""
+def add(path: Path, row: Row, found: Sequence[Row]) -> None:
+    """Put the operators of a point into a file, in the place of those that it has of this point.
 
-    def __init__(self, path: Path) -> None:
-        """
-        Raises:
-            UsageError: It is there and holds something else.
-        """
-        self.path = path
-        self.rows: List[Row] = []
-        if path.exists():
-            try:
-                with path.open(newline='', encoding='utf-8') as f:
-                    reader = csv.DictReader(f)
-                    self.rows = list(reader)
-                    if tuple(reader.fieldnames or ()) != (*FIELDS_OF_POINT, *FIELDS_OF_OPERATOR):
-                        raise ValueError('its columns are others')
-            except (OSError, ValueError) as e:
-                raise UsageError(f'--profile {path} is no file of profiles: {getattr(e, "strerror", None) or e}') from e
-
-    def add(self, row: Row, found: Sequence[Row]) -> None:
-        """Put the operators of a point into the file, in the place of those that it has of this point.
-
-        Raises:
-            UsageError: It cannot be written.
-        """
-        point = {field: '' if row[field] is None else str(row[field]) for field in FIELDS_OF_POINT}
-        kept = [r for r in self.rows if any(r[field] != value for field, value in point.items())]
-        self.rows = kept + [{**point, **operator} for operator in found]
-        try:
-            write_text(self.path, csv_text((*FIELDS_OF_POINT, *FIELDS_OF_OPERATOR), self.rows))
-        except OSError as e:
-            raise UsageError(f'--profile {self.path} cannot be written: {e.strerror or e}') from e
+    Raises:
+        UsageError: The file holds something else, or cannot be written.
+    """
+    point = {field: '' if row[field] is None else str(row[field]) for field in FIELDS_OF_POINT}
+    known = load(path, FIELDS, 'profiles') if path.exists() else []
+    kept = [{field: r[field] for field in FIELDS} for r in known if any(r[k] != v for k, v in point.items())]
+    save(path, csv_text(FIELDS, [*kept, *({**point, **operator} for operator in found)]))

@@ -3,34 +3,36 @@ import csv
 import io
 import json
 import statistics
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence, Tuple
+from typing import Any
 
-from .._script import UsageError
 from ...zoo.records import csv_text, write_text
+from .._script import UsageError
 
-Row = Dict[str, Any]
+Row = dict[str, Any]
 
 PLACE = ('cpu', 'torch', 'timm', 'vitlinear', 'onnxruntime')
-FIELDS = (
-    'kind', 'model', 'kwargs', 'mode', 'runtime', 'optimized', 'memory_format', 'dtype', 'size', 'kernel', 'batch',
-    'threads', 'allocator', 'params_m', 'gmacs', 'median_ms', 'ms_per_image', 'p25_ms', 'p75_ms', 'rounds',
-    'images_per_s', 'peak_mib', 'status', *PLACE)
-POINT = (*FIELDS[:FIELDS.index('params_m')], *PLACE)  # what is measured, and where
-_INTEGERS = ('size', 'kernel', 'batch', 'threads', 'rounds')
-_DECIMALS = ('params_m', 'gmacs', 'median_ms', 'ms_per_image', 'p25_ms', 'p75_ms', 'images_per_s', 'peak_mib')
+_TYPES = dict(
+    **dict.fromkeys(('kind', 'model', 'kwargs', 'mode', 'runtime', 'optimized', 'memory_format', 'dtype'), str),
+    **dict.fromkeys(('size', 'kernel', 'batch', 'threads'), int), allocator=str,
+    **dict.fromkeys(('params_m', 'gmacs', 'median_ms', 'ms_per_image', 'p25_ms', 'p75_ms'), float),
+    rounds=int, images_per_s=float, peak_mib=float, status=str, **dict.fromkeys(PLACE, str))
+FIELDS = tuple(_TYPES)
+CONDITION = FIELDS[:FIELDS.index('params_m')]  # what is measured
+POINT = (*CONDITION, *PLACE)  # and where
 
 
-def key(row: Row) -> Tuple[Any, ...]:
+def key(row: Row) -> tuple[Any, ...]:
     """What two rows of the same point have in common."""
     return tuple(row[field] for field in POINT)
 
 
-def read_text(path: Path) -> List[Dict[str, str]]:
+def load(path: Path, columns: Iterable[str], what: str = 'measurements') -> list[dict[str, str]]:
     """Rows of a CSV file, or a JSON one by its suffix, as they are; '' for what is not known.
 
     Raises:
-        UsageError: It cannot be read as a table of measurements.
+        UsageError: It cannot be read, or lacks one of the columns.
     """
     try:
         text = path.read_text(encoding='utf-8')
@@ -38,61 +40,63 @@ def read_text(path: Path) -> List[Dict[str, str]]:
             rows = [{k: '' if v is None else str(v) for k, v in row.items()} for row in json.loads(text)]
         else:
             rows = list(csv.DictReader(io.StringIO(text, newline='')))
-        if not all({'model', 'size', 'median_ms'} <= set(row) for row in rows):
-            raise ValueError('it has no columns model, size and median_ms')
+        missing = [column for row in rows for column in columns if column not in row]
+        if missing:
+            raise ValueError(f'it has no column {missing[0]}')
     except (OSError, ValueError, AttributeError, TypeError) as e:
-        raise UsageError(f'{path} is no file of measurements: {getattr(e, "strerror", None) or e}') from e
+        raise UsageError(f'{path} is no file of {what}: {getattr(e, "strerror", None) or e}') from e
     return rows
 
 
-def read_rows(path: Path) -> List[Row]:
-    """Rows of a file that this version wrote, with their types, None for what is not known.
-
-    Raises:
-        UsageError: It cannot be read, or its columns are others.
-    """
-    def value(field: str, text: str) -> Any:
-        if field in _INTEGERS or field in _DECIMALS:
-            return (int if field in _INTEGERS else float)(text) if text else None
-        return text
-
-    try:
-        return [{field: value(field, row[field]) for field in FIELDS} for row in read_text(path)]
-    except (KeyError, ValueError) as e:
-        raise UsageError(
-            f'{path} has not the columns or values of this version ({e}): give another file. The columns are '
-            f'{", ".join(FIELDS)}') from e
-
-
-def write_rows(rows: Sequence[Row], path: Path) -> None:
-    """Write a CSV file, or a JSON one by its suffix, whole or not at all.
+def save(path: Path, text: str) -> None:
+    """Write a file whole or not at all.
 
     Raises:
         UsageError: It cannot be written.
     """
-    if path.suffix == '.json':
-        text = json.dumps([{k: None if v == '' else v for k, v in row.items()} for row in rows], indent=1) + '\n'
-    else:
-        text = csv_text(
-            FIELDS, ({k: f'{v:g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows))
     try:
         write_text(path, text)
     except OSError as e:
         raise UsageError(f'{path} cannot be written: {e.strerror or e}') from e
 
 
+def read_rows(path: Path) -> list[Row]:
+    """Rows of a file that this version wrote, with their types, None for what is not known.
+
+    Raises:
+        UsageError: It cannot be read, or its columns are others.
+    """
+    def value(text: str, kind: type) -> Any:
+        return text if kind is str else kind(text) if text else None
+
+    try:
+        return [{field: value(row[field], kind) for field, kind in _TYPES.items()} for row in load(path, FIELDS)]
+    except ValueError as e:
+        raise UsageError(f'{path} is no file of measurements: {e}') from e
+
+
+def write_rows(rows: Sequence[Row], path: Path) -> None:
+    """Write a CSV file, or a JSON one by its suffix; raises UsageError."""
+    if path.suffix == '.json':
+        text = json.dumps([{k: None if v == '' else v for k, v in row.items()} for row in rows], indent=1) + '\n'
+    else:
+        text = csv_text(
+            FIELDS, ({k: f'{v:g}' if isinstance(v, float) else v for k, v in row.items()} for row in rows))
+    save(path, text)
+
+
 class Table:
     """Rows, one for each point, and the file that has all of them at any time."""
 
-    def __init__(self, path: Optional[Path] = None) -> None:
+    def __init__(self, path: Path | None = None) -> None:
         self.path = path
-        self.rows: Dict[Tuple[Any, ...], Row] = {}
+        self.rows: dict[tuple[Any, ...], Row] = {}
         if path and path.exists():
             self.rows = {key(row): row for row in read_rows(path)}
         if path:
             write_rows(list(self.rows.values()), path)  # rather now than after the first hour
 
-    def get(self, row: Row) -> Optional[Row]:
+    def get(self, row: Row) -> Row | None:
         """What is known of a point, with these versions and on this machine."""
         return self.rows.get(key(row))
 
@@ -117,7 +121,7 @@ def failed(row: Row, reason: str) -> Row:
     return {**dict.fromkeys(FIELDS), **row, 'status': reason}
 
 
-def title(row: Row, fields: Sequence[str] = FIELDS[:FIELDS.index('params_m')]) -> str:
+def title(row: Row, fields: Sequence[str] = CONDITION) -> str:
     """What a row is of, without what goes without saying."""
     silent = dict(kind='model', runtime='eager', memory_format='contiguous', allocator='default')
     named = ('optimized', 'size', 'kernel', 'batch', 'threads')

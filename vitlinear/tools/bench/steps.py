@@ -7,23 +7,26 @@ import math
 import os
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models
-from vitlinear import ops as attention
-from vitlinear.layers import QnAAttention, WindowAttention
-from vitlinear.ops import reference
-from vitlinear.ops._common import linear
-from vitlinear.tools.export import count_macs
+from ... import ops
+from ...inference.onednn import linear_gelu
+from ...inference.optimize import optimize_for_inference
+from ...layers import QnAAttention, WindowAttention
+from ...ops import reference
+from ...ops.primitives.windows import shifted_windows
+from ...ops.qna import unit_query
+from ..export import count_macs
 
-Order = Dict[str, Any]
+Order = dict[str, Any]
 Step = Callable[[], Any]
 
 DTYPES = dict(fp32=torch.float32, bf16=torch.bfloat16, fp16=torch.float16)
@@ -34,7 +37,7 @@ ALL = 'all'  # steps of optimize_for_inference
 
 # models
 
-def build_model(order: Order) -> Tuple[nn.Module, Tuple[int, int, int]]:
+def build_model(order: Order) -> tuple[nn.Module, tuple[int, int, int]]:
     """A model and the shape of its images."""
     size, kwargs = order['row']['size'], dict(order['kwargs'])
     if order['also']:
@@ -61,99 +64,84 @@ class Function(nn.Module):
         return self.function(x)
 
 
-def grid(tokens: int) -> Tuple[int, int]:
+def grid(tokens: int) -> tuple[int, int]:
     """Rows and columns of a map of so many positions, as near to a square as they allow."""
     rows = next(n for n in range(math.isqrt(tokens), 0, -1) if tokens % n == 0)
     return rows, tokens // rows
 
 
-def _on_tokens(core: Callable[..., torch.Tensor]) -> Callable[..., Tuple[nn.Module, Tuple[int, ...]]]:
-    """Queries, keys and values (N, 3, heads, d), of a token side by side in memory as a projection leaves them."""
-    def make(tokens: int, heads: int, dtype: torch.dtype) -> Tuple[nn.Module, Tuple[int, ...]]:
-        weights = core(heads, dtype)
-        return Function(lambda x: weights(*x.permute(2, 0, 3, 1, 4).unbind(0))), (tokens, 3, heads, HEAD_DIM)
-    return make
-
-
-def _vicinity(tokens: int, heads: int, dtype: torch.dtype) -> Tuple[nn.Module, Tuple[int, ...]]:
-    return (Function(lambda x: attention.vicinity_attention(*x.permute(3, 0, 4, 1, 2, 5).unbind(0))),
-            (*grid(tokens), 3, heads, HEAD_DIM))
-
-
-def _qna(tokens: int, heads: int, dtype: torch.dtype) -> Tuple[nn.Module, Tuple[int, ...]]:
-    bias, scale = torch.zeros(2, NUM_QUERIES * heads, 1, KERNEL_SIZE, KERNEL_SIZE, dtype=dtype).unbind(0)
-    return (Function(lambda x: attention.qna_attention(x[:, :, :, HEAD_DIM:], x[:, :, :, :HEAD_DIM], bias, scale + 1)),
-            (*grid(tokens), HEAD_DIM + NUM_QUERIES, heads))
-
+# each: (heads, dtype) to a function of queries, keys and values (B, heads, tokens, HEAD_DIM)
 
 def _linear_angular(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     weight = torch.ones(heads, 1, 9, 1, dtype=dtype)
-    return lambda q, k, v: attention.linear_angular_attention(q, k, v, weight)
+    return lambda q, k, v: ops.linear_angular_attention(q, k, v, weight)
 
 
 def _random_walk(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     beta = torch.full((heads,), .5)
-    return lambda q, k, v: attention.random_walk_attention(q, k, v, beta, mode='spectral', features='signed')
+    return lambda q, k, v: ops.random_walk_attention(q, k, v, beta)
 
 
-CORES = {
-    'softmax': _on_tokens(lambda heads, dtype: F.scaled_dot_product_attention),
-    'linear': _on_tokens(lambda heads, dtype: attention.linear_attention),
-    'linear_angular': _on_tokens(_linear_angular),
-    'xnorm': _on_tokens(lambda heads, dtype: attention.xnorm_attention),
-    'random_walk': _on_tokens(_random_walk),
-    'vicinity': _vicinity,
-    'qna': _qna,
+_ON_TOKENS = {
+    'softmax': lambda heads, dtype: F.scaled_dot_product_attention,
+    'linear': lambda heads, dtype: ops.linear_attention,
+    'linear_angular': _linear_angular,
+    'xnorm': lambda heads, dtype: ops.xnorm_attention,
+    'random_walk': _random_walk,
 }
+CORES = (*_ON_TOKENS, 'vicinity', 'qna')
+
+
+def build_core(name: str, tokens: int, heads: int, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
+    """An attention core, and the shape of its input: what a projection leaves of a token, side by side in memory."""
+    if name == 'vicinity':
+        shape = (*grid(tokens), 3, heads, HEAD_DIM)
+        return Function(lambda x: ops.vicinity_attention(*x.permute(3, 0, 4, 1, 2, 5).unbind(0))), shape
+    if name == 'qna':
+        bias, scale = torch.zeros(2, NUM_QUERIES * heads, 1, KERNEL_SIZE, KERNEL_SIZE, dtype=dtype).unbind(0)
+        shape = (*grid(tokens), HEAD_DIM + NUM_QUERIES, heads)
+        return Function(lambda x: ops.qna_attention(
+            x[:, :, :, HEAD_DIM:], x[:, :, :, :HEAD_DIM], bias, scale + 1)), shape
+    core = _ON_TOKENS[name](heads, dtype)
+    return Function(lambda x: core(*x.permute(2, 0, 3, 1, 4).unbind(0))), (tokens, 3, heads, HEAD_DIM)
 
 
 # layers that look at k x k windows of a (B, H, W, dim) map, projections included
 
-class Unfold(QnAAttention):
-    """Learned queries with the windows unfolded, as local attention is commonly written."""
+class Windows(QnAAttention):
+    """Learned queries whose windows another function sums."""
+
+    def __init__(self, function: Callable[..., torch.Tensor], dim: int, kernel: int) -> None:
+        super().__init__(dim, dim // 8, kernel_size=kernel)
+        self.function = function
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        weight, bias, _, proj = self.fold(x.dtype)
-        joint = F.linear(x, weight, bias).unflatten(3, (-1, self.num_heads))
-        v, score = joint[:, :, :, :self.head_dim], joint[:, :, :, -self.num_queries:]
-        x = reference.qna_attention(score, v, self.rel_pos_bias, self.attn_scale, self.stride)
-        return F.linear(x.flatten(3), proj)
+        v = self.v(x).unflatten(3, (self.num_heads, self.head_dim)).transpose(3, 4)
+        score = self.k(x, unit_query(self.query, self.num_heads, self.normalize_query))
+        y = self.function(score, v, self.rel_pos_bias, self.attn_scale, self.stride)
+        return self.proj(y.transpose(3, 4).flatten(3))
 
 
-class Depthwise(nn.Module):
-    """Depthwise convolution between two projections."""
-
-    def __init__(self, dim: int, kernel: int) -> None:
-        super().__init__()
-        self.v, self.proj = nn.Linear(dim, dim, bias=False), nn.Linear(dim, dim, bias=False)
-        self.conv = nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.conv(self.v(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
-
-
-class Products(nn.Module):
-    """The matrix products of learned queries alone."""
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.v, self.proj = nn.Linear(dim, dim + dim // 4, bias=False), nn.Linear(dim, dim, bias=False)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.proj(self.v(x)[..., :self.proj.in_features])
+def _between(dim: int, hidden: int, *layers: nn.Module) -> nn.Module:
+    """Layers between two projections."""
+    return nn.Sequential(nn.Linear(dim, hidden, bias=False), *layers, nn.Linear(dim, dim, bias=False))
 
 
 LAYERS = {
     'qna': lambda dim, kernel: QnAAttention(dim, dim // 8, kernel_size=kernel),
-    'shift': lambda dim, kernel: QnAAttention(dim, dim // 8, kernel_size=kernel, impl='shift'),
-    'unfold': lambda dim, kernel: Unfold(dim, dim // 8, kernel_size=kernel),
+    'shift': lambda dim, kernel: Windows(shifted_windows, dim, kernel),  # tap by tap
+    'unfold': lambda dim, kernel: Windows(reference.qna_attention, dim, kernel),  # as it is commonly written
     'window': lambda dim, kernel: WindowAttention(dim, dim // 32, window_size=kernel),
-    'dwconv': Depthwise,
-    'products': lambda dim, kernel: Products(dim),
+    'dwconv': lambda dim, kernel: _between(
+        dim, dim, Function(lambda x: x.permute(0, 3, 1, 2)),
+        nn.Conv2d(dim, dim, kernel, padding=kernel // 2, groups=dim, bias=False),
+        Function(lambda x: x.permute(0, 2, 3, 1))),
+    # the matrix products of learned queries alone
+    'products': lambda dim, kernel: _between(dim, dim + dim // 4, Function(lambda x: x[..., :dim])),
 }
 
 
-def build(order: Order, device: torch.device, dtype: torch.dtype) -> Tuple[nn.Module, Tuple[int, ...]]:
+def build(order: Order, device: torch.device, dtype: torch.dtype) -> tuple[nn.Module, tuple[int, ...]]:
     """What is to be timed as a module, and the shape of its input without the batch.
 
     Args:
@@ -167,7 +155,7 @@ def build(order: Order, device: torch.device, dtype: torch.dtype) -> Tuple[nn.Mo
             return build_model(order)
         dim = order['kwargs']['dim']
         if row['kind'] == 'core':
-            return CORES[row['model']](row['size'], dim // HEAD_DIM, dtype)
+            return build_core(row['model'], row['size'], dim // HEAD_DIM, dtype)
         return LAYERS[row['model']](dim, row['kernel']), (row['size'], row['size'], dim)
 
 
@@ -197,7 +185,6 @@ def _optimize(model: nn.Module, order: Order, sample: torch.Tensor) -> nn.Module
     done = order['row']['optimized']
     if not done:
         return model
-    from vitlinear.optimize import optimize_for_inference
     return optimize_for_inference(model, None if done == ALL else done.split('+'), sample=sample, inplace=True)
 
 
@@ -274,9 +261,9 @@ def _ceiling(order: Order) -> Step:
         return lambda: target.copy_(source)
     a, b = torch.rand(2, row['size'], row['size'], device=device).to(DTYPES[row['dtype']]).unbind(0)
     out = torch.empty_like(a)
-    ways: List[Step] = [lambda: torch.mm(a, b, out=out), lambda: torch.mm(a, b.t(), out=out)]
+    ways: list[Step] = [lambda: torch.mm(a, b, out=out), lambda: torch.mm(a, b.t(), out=out)]
     if device.type == 'cpu':
-        ways.append(lambda: linear(a, b))  # oneDNN's, where torch.mm calls another library
+        ways.append(lambda: linear_gelu(a, b))  # oneDNN's, where torch.mm calls another library
     seconds = []
     with torch.inference_mode():
         for way in ways:
@@ -289,12 +276,12 @@ def _ceiling(order: Order) -> Step:
 
 # facts
 
-def gpu_peak(order: Order) -> Optional[float]:
+def gpu_peak(order: Order) -> float | None:
     """Peak memory of tensors on a GPU in MiB, None for a CPU."""
     return torch.cuda.max_memory_allocated() / 2 ** 20 if torch.device(order['device']).type == 'cuda' else None
 
 
-def count(order: Order) -> Dict[str, Optional[float]]:
+def count(order: Order) -> dict[str, float | None]:
     """Millions of parameters, and billions of multiply-accumulates of a forward pass for one image.
 
     Attention products are counted; those of the model as it is by default, optimised or not. None for what cannot be

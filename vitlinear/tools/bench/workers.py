@@ -10,10 +10,11 @@ import subprocess
 import sys
 import time
 from collections import deque
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from pathlib import Path
-from typing import Any, Callable, Deque, Dict, Iterable, List, Optional, Sequence
+from typing import Any
 
 from .rows import Row, failed, measured
 
@@ -24,13 +25,13 @@ KILLED = 'killed by SIGKILL'
 _ROOM = 1.2  # times the largest peak among its peers must be free before a process is started beside them
 
 
-def environment(threads: int, keep_memory: bool) -> Dict[str, str]:
+def environment(threads: int, keep_memory: bool) -> dict[str, str]:
     """Of a child process: the number of threads, and glibc's allocator as it is by default or keeping memory."""
     env = {k: v for k, v in os.environ.items() if k not in KEEP_MEMORY}
     return {**env, **(KEEP_MEMORY if keep_memory else {}), 'OMP_NUM_THREADS': str(threads)}
 
 
-def free_mib() -> Optional[float]:
+def free_mib() -> float | None:
     """Memory that can be had without swapping, None where the system does not say."""
     with suppress(OSError, StopIteration), open('/proc/meminfo') as f:
         return next(int(line.split()[1]) for line in f if line.startswith('MemAvailable:')) / 1024
@@ -46,16 +47,12 @@ class Worker:
         peak_mib: Its peak memory when it was ready.
     """
 
-    def __init__(self, order: Dict[str, Any], timeout: float, log: Path) -> None:
-        """
-        Args:
-            order: The point as `row`, and how to measure it; see `child.serve`.
-            timeout: Seconds that it may work in all; neither loading libraries nor waiting is work.
-            log: File for what its libraries say.
-        """
+    def __init__(self, order: dict[str, Any], timeout: float, log: Path) -> None:
+        """Of an order for `child.serve`, that may work for so many seconds, neither loading libraries nor waiting being
+        work; its libraries talk to the file `log`."""
         self.order, self.row, self.timeout, self.left, self.log = order, order['row'], timeout, timeout, log
-        self.reason: Optional[str] = None
-        self.ms: List[float] = []
+        self.reason: str | None = None
+        self.ms: list[float] = []
         self.peak_mib = 0.
         self.is_up = False  # loading libraries is no work
         self.connection, theirs = Pipe()
@@ -137,8 +134,8 @@ def take_turns(
 
 
 def measure(
-        orders: Iterable[Dict[str, Any]],
-        start: Callable[[Dict[str, Any]], Worker],
+        orders: Iterable[dict[str, Any]],
+        start: Callable[[dict[str, Any]], Worker],
         rounds: int,
         max_seconds: float,
         one_at_a_time: bool,
@@ -156,12 +153,12 @@ def measure(
         emit: Takes each row.
         tick: Called once for each that is ready, and for each turn.
     """
-    waiting: Deque[Dict[str, Any]] = deque(orders)
-    alone: List[Dict[str, Any]] = []
+    waiting: deque[dict[str, Any]] = deque(orders)
+    alone: list[dict[str, Any]] = []
     while waiting:
-        workers: List[Worker] = []
+        workers: list[Worker] = []
         try:
-            while waiting and (not workers or not one_at_a_time and _have_room(workers)):
+            while waiting and (not workers or (not one_at_a_time and _have_room(workers))):
                 workers.append(start(waiting.popleft()))
                 workers[-1].prepare()
                 tick()

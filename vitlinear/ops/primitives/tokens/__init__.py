@@ -2,8 +2,9 @@
 from ..._dispatch import primitive
 from . import autograd, torch
 
+clamp_magnitude = primitive(torch=torch.clamp_magnitude, autograd=autograd.clamp_magnitude)
 token_sums = primitive(torch=torch.token_sums, autograd=autograd.token_sums)
-token_gram = primitive(torch=torch.token_gram, autograd=autograd.token_gram)
+token_moments = primitive(torch=torch.token_moments, autograd=autograd.token_moments)
 token_apply = primitive(torch=torch.token_apply, autograd=autograd.token_apply)
 
-__all__ = ['token_apply', 'token_gram', 'token_sums']
+__all__ = ['clamp_magnitude', 'token_apply', 'token_moments', 'token_sums']

@@ -3,32 +3,57 @@
 The gradient of a sum over keys is what the keys make of the gradient of the sums, and the other way round: both passes
 are `sums` and `apply` of `positions.py`. Asked for a graph, they differentiate the plain operations.
 """
-from functools import partial
+from functools import lru_cache, partial
 
 import torch
 
-from ..._numerics import as_operand, at_least_float32, differentiate, inverse_norm, no_autocast_backward
+from ..._numerics import (
+    as_operand,
+    at_least_float32,
+    differentiate,
+    inverse_norm,
+    no_autocast_backward,
+    product,
+)
 from . import torch as plain
-from .positions import apply, apply_alone, regroup, sums, sums_alone
-
-# The bounds of the clamp as each dtype holds them: 1e-4 is no binary fraction.
-_BOUNDS = {dtype: torch.tensor([plain.CLAMP_MIN, plain.CLAMP_MAX], dtype=dtype).tolist()
-           for dtype in (torch.float32, torch.float64)}
+from .positions import apply, apply_alone, sums, transposed
 
 
-def _unclamped(grad: torch.Tensor, clamped: torch.Tensor) -> torch.Tensor:
+@lru_cache
+def _bounds(low: float, high: float, dtype: torch.dtype) -> list[float]:
+    """Bounds as a dtype holds them: 1e-4 is no binary fraction."""
+    return torch.tensor([low, high], dtype=dtype, device='cpu').tolist()
+
+
+def _unclamped(grad: torch.Tensor, clamped: torch.Tensor, low: float = 1e-4, high: float = 1e4) -> torch.Tensor:
     """Gradient through a clamp of magnitudes, from its result: what was not clamped lies strictly inside the bounds."""
-    return torch.ops.aten.hardtanh_backward(grad, clamped.abs(), *_BOUNDS[clamped.dtype])
-
-
-def _transposed(matrices: torch.Tensor, locality: str) -> torch.Tensor:
-    return matrices.transpose(-2, -1) if locality == 'none' else regroup(matrices, 2 if locality == '1d' else 4)
+    return torch.ops.aten.hardtanh_backward(grad, clamped.abs(), *_bounds(low, high, clamped.dtype))
 
 
 def _unit_backward(grad: torch.Tensor, x: torch.Tensor, inverse: torch.Tensor) -> torch.Tensor:
     """Gradient of x from that of `x / |x|`."""
     unit = x * inverse
     return torch.addcmul(grad, unit, (unit * grad).sum(dim=-1, keepdim=True), value=-1).mul_(inverse)
+
+
+class _ClampMagnitude(torch.autograd.Function):
+
+    @staticmethod
+    def forward(ctx, x, low, high):
+        out = x.abs().clamp_(low, high).mul_(x.sign())
+        ctx.bounds = low, high
+        ctx.save_for_backward(out)
+        return out
+
+    @staticmethod
+    def backward(ctx, grad):
+        out, = ctx.saved_tensors
+        return _unclamped(grad, out, *ctx.bounds), None, None
+
+
+def clamp_magnitude(x, low=1e-4, high=1e4):
+    """As `torch.clamp_magnitude`; keeps its result alone."""
+    return _ClampMagnitude.apply(x, low, high)
 
 
 class _TokenSums(torch.autograd.Function):
@@ -47,33 +72,40 @@ class _TokenSums(torch.autograd.Function):
         if torch.is_grad_enabled():
             form = partial(plain.token_sums, locality=locality, grid=grid, with_total=with_total, unit=unit, eps=eps)
             return (*differentiate(form, (k, v), (grad, grad_total)), *[None] * 5)
-        keys, inverse = k, None
+        keys, values, grad = as_operand(k), as_operand(v), grad.flatten(0, 1)
+        x = keys
         if unit:
-            inverse, keys = inverse_norm(k, -1, eps), as_operand(k)
-            keys = keys * inverse.to(keys.dtype)
+            inverse = inverse_norm(x, -1, eps)
+            keys = x * inverse.to(x.dtype)
         grad_v = apply(keys, grad, locality, grid)
-        grad_k = apply(v, _transposed(grad, locality), locality, grid)
+        grad_k = apply(values, transposed(grad, locality), locality, grid)
         if with_total:
-            grad_k += apply_alone(grad_total, locality, grid)
+            grad_k += apply_alone(grad_total.flatten(0, 1), locality, grid)
         if unit:
-            grad_k = _unit_backward(grad_k, at_least_float32(k), inverse)
-        return grad_k.to(k.dtype), grad_v.to(v.dtype), *[None] * 5
+            grad_k = _unit_backward(grad_k, at_least_float32(x), inverse)
+        return grad_k.view(k.shape).to(k.dtype), grad_v.view(v.shape).to(v.dtype), *[None] * 5
 
 
-class _TokenGram(torch.autograd.Function):
+class _TokenMoments(torch.autograd.Function):
 
     @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return plain.token_gram(x)
+    def forward(ctx, q, k, v):
+        ctx.save_for_backward(q, k, v)
+        return plain.token_moments(q, k, v)
 
     @staticmethod
     @no_autocast_backward
-    def backward(ctx, grad):
-        x, = ctx.saved_tensors
+    def backward(ctx, grad_q, grad_k, grad_sums):
+        q, k, v = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return differentiate(plain.token_gram, (x,), (grad,))
-        return apply(x, grad + grad.transpose(-2, -1), 'none', (0, 0)).to(x.dtype)
+            return differentiate(plain.token_moments, (q, k, v), (grad_q, grad_k, grad_sums))
+        queries, keys, values = as_operand(q), as_operand(k), as_operand(v)
+        grad_q, grad_k, grad_sums = [g.flatten(0, 1) for g in (grad_q, grad_k, grad_sums)]
+        grad_q = product(queries, (grad_q + grad_q.transpose(1, 2)).to(queries.dtype))
+        grad_k = product(keys, (grad_k + grad_k.transpose(1, 2)).to(keys.dtype))
+        grad_k += product(values, grad_sums.transpose(1, 2).to(values.dtype))
+        grad_v = product(keys, grad_sums.to(keys.dtype))
+        return tuple(g.view(x.shape).to(x.dtype) for g, x in ((grad_q, q), (grad_k, k), (grad_v, v)))
 
 
 class _TokenApply(torch.autograd.Function):
@@ -84,17 +116,19 @@ class _TokenApply(torch.autograd.Function):
         if total is None:
             ctx.save_for_backward(q, matrices, base)
             return plain.token_apply(q, matrices, None, locality, grid, clamp, unit, eps, base, dtype)
-        out = apply(q, matrices, locality, grid)
-        weight = apply(q, total.unsqueeze(3), locality, grid).add_(eps)
+        x, e = as_operand(q), matrices.shape[3]
+        both = apply(x, plain.with_total(matrices, total, x), locality, grid)
+        out, weight = both[:, :, :e], both[:, :, e:e + 1] + eps
         numerator = None
         if clamp:
             sign = out.sign()
-            numerator = out.abs_().clamp_(plain.CLAMP_MIN, plain.CLAMP_MAX).mul_(sign)
+            numerator = out.abs().clamp_(plain.CLAMP_MIN, plain.CLAMP_MAX).mul_(sign)
             out = numerator / weight.clamp(max=plain.CLAMP_MAX)
             out = out.abs_().clamp_(plain.CLAMP_MIN, plain.CLAMP_MAX).mul_(sign)
         else:
-            out = out.div_(weight)
+            out = out / weight
         ctx.save_for_backward(q, matrices, base, total, numerator, weight, out)
+        out = out.view(*q.shape[:3], -1)
         return plain.in_order(out if base is None else out + base, q.dtype if dtype is None else dtype)
 
     @staticmethod
@@ -107,7 +141,11 @@ class _TokenApply(torch.autograd.Function):
                 return plain.token_apply(q, matrices, total, locality, grid, clamp, unit, eps, base, ctx.dtype)
             return *differentiate(form, (q, matrices, rest[0] if rest else None, base), (grad,)), *[None] * 6
         grad_base = None if base is None else grad.to(base.dtype)
-        grad, grad_total = at_least_float32(grad), None
+        queries = as_operand(q)
+        if grad.dtype in (torch.float32, torch.float64):
+            grad = grad.flatten(0, 1)
+        else:
+            grad = grad.to(torch.float32, memory_format=torch.contiguous_format).flatten(0, 1)
         if rest:
             total, numerator, weight, out = rest
             if clamp:
@@ -117,16 +155,21 @@ class _TokenApply(torch.autograd.Function):
             if clamp:
                 grad = _unclamped(grad, numerator)
                 grad_weight = grad_weight * (weight < plain.CLAMP_MAX)
-            grad_total = sums_alone(q * grad_weight, locality, grid)
-        g = grad.to(torch.bfloat16) if as_operand(q).dtype == torch.bfloat16 else grad
-        grad_q = apply(g, _transposed(matrices, locality), locality, grid)
+            g = torch.cat([grad, grad_weight], dim=2)
+            both = torch.cat([matrices, total.unsqueeze(3)], dim=3).flatten(0, 1)
+        else:
+            g, both = grad, matrices.flatten(0, 1)
+        if queries.dtype == torch.bfloat16:
+            g = g.to(torch.bfloat16)
+        grad_q = apply(g, transposed(both, locality), locality, grid)
         if unit:
-            inverse = inverse_norm(q, -1, eps)
-            grad_q = _unit_backward(grad_q, at_least_float32(q), inverse)
+            inverse = inverse_norm(queries, -1, eps)
+            grad_q = _unit_backward(grad_q, at_least_float32(queries), inverse)
             g = grad * inverse
-        if rest:
-            grad_q = torch.addcmul(grad_q, grad_weight, apply_alone(total, locality, grid))
-        return grad_q.to(q.dtype), sums(q, g, locality, grid), grad_total, grad_base, *[None] * 6
+        grad_both = sums(queries, g, locality, grid).view(*matrices.shape[:3], -1)
+        grad_matrices = grad_both[..., :matrices.shape[3]]
+        grad_total = grad_both[..., -1] if rest else None
+        return grad_q.view(q.shape).to(q.dtype), grad_matrices, grad_total, grad_base, *[None] * 6
 
 
 def token_sums(k, v, locality='none', grid=(0, 0), with_total=False, unit=False, eps=1e-6):
@@ -134,9 +177,9 @@ def token_sums(k, v, locality='none', grid=(0, 0), with_total=False, unit=False,
     return _TokenSums.apply(k, v, locality, grid, with_total, unit, eps)
 
 
-def token_gram(x):
-    """As `torch.token_gram`; keeps x alone."""
-    return _TokenGram.apply(x)
+def token_moments(q, k, v):
+    """As `torch.token_moments`; keeps q, k and v alone."""
+    return _TokenMoments.apply(q, k, v)
 
 
 def token_apply(

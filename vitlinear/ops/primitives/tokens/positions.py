@@ -11,7 +11,7 @@ from functools import lru_cache
 import torch
 
 from ..._dispatch import is_eager, is_specialised, scripts_as
-from ..._numerics import as_operand, product
+from ..._numerics import product, sum_dtype
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
 
@@ -29,6 +29,8 @@ def angles(size: int, like: torch.Tensor) -> torch.Tensor:
 def build_factors(locality: str, grid: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
     """(F, H W) factors phi_f of a grid's positions, row by row, in the dtype of `like`; F is 2 for '1d', 4 else."""
     H, W = grid
+    if locality == 'none':
+        return torch.ones(1, H * W, dtype=like.dtype, device=like.device)
     if locality == '1d':
         return angles(H * W, like)
     rows = angles(H, like).unsqueeze(2).expand(2, H, W)
@@ -39,8 +41,8 @@ def build_factors(locality: str, grid: tuple[int, int], like: torch.Tensor) -> t
 
 
 @lru_cache(maxsize=64)
-def _kept_factors(
-        locality: str, grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+def kept_factors(locality: str, grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """As `build_factors`, one factor of 1 for 'none'; the last tables are kept."""
     with torch.inference_mode(False), torch.no_grad():
         return build_factors(locality, grid, torch.empty(0, dtype=dtype, device=device))
 
@@ -49,7 +51,7 @@ def _kept_factors(
 def factors(locality: str, grid: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
     """As `build_factors`; eager code keeps the tables of the last sizes, by dtype and device."""
     if is_eager() and type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type != 'meta':
-        return _kept_factors(locality, (int(grid[0]), int(grid[1])), like.dtype, like.device)
+        return kept_factors(locality, (int(grid[0]), int(grid[1])), like.dtype, like.device)
     return build_factors(locality, grid, like)
 
 
@@ -64,13 +66,15 @@ def through_rows_and_columns(locality: str, grid: tuple[int, int]) -> bool:
 
 
 def weighted(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
-    """(B, heads, N, d) and (F, N) to (B, heads, N, F d): a copy of x for each factor."""
-    return (x.unsqueeze(3) * table.t().unsqueeze(2)).flatten(3)
+    """(n, N, d) and (F, N) to (n, N, F d): a copy of x for each factor."""
+    return (x.unsqueeze(2) * table.t().unsqueeze(2)).flatten(2)
 
 
-def regroup(x: torch.Tensor, num_factors: int) -> torch.Tensor:
-    """(B, heads, F d, e) to (B, heads, F e, d): each of the F matrices transposed."""
-    return x.unflatten(2, [num_factors, -1]).transpose(-2, -1).flatten(2, 3)
+def transposed(matrices: torch.Tensor, locality: str) -> torch.Tensor:
+    """(n, F d, e) to (n, F e, d): each of the F matrices transposed."""
+    if locality == 'none':
+        return matrices.transpose(1, 2)
+    return matrices.unflatten(1, [2 if locality == '1d' else 4, -1]).transpose(2, 3).flatten(1, 2)
 
 
 def _axis_tables(grid: tuple[int, int], like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -82,71 +86,72 @@ def sums(x: torch.Tensor, y: torch.Tensor, locality: str, grid: tuple[int, int])
     """`sum_n phi_f(n) x_n y_n^T` over the positions, F matrices below each other.
 
     Args:
-        x: (B, heads, N, d).
-        y: (B, heads, N, e).
+        x: (n, N, d), from `as_operand`.
+        y: (n, N, e), from `as_operand`.
         locality: One of LOCALITIES; 'none' has one factor, 1.
         grid: Rows and columns of the positions, of no account for 'none'.
 
     Returns:
-        (B, heads, F d, e) in float32 at least.
+        (n, F d, e) in float32 at least.
     """
-    x, y = as_operand(x), as_operand(y)
     if through_rows_and_columns(locality, grid):
-        x, y = x.unflatten(2, grid), y.unflatten(2, grid)
-        B, heads, H, W, d = x.shape
-        rows = product(x.transpose(-2, -1), y).reshape(B, heads, H, -1)
-        columns = product(x.permute(0, 1, 3, 4, 2), y.transpose(2, 3)).reshape(B, heads, W, -1)
+        n, _, d = x.shape
+        x, y = x.unflatten(1, grid), y.unflatten(1, grid)
+        rows = product(x.flatten(0, 1).transpose(1, 2), y.flatten(0, 1)).view(n, grid[0], -1)
+        x, y = x.transpose(1, 2).flatten(0, 1), y.transpose(1, 2).flatten(0, 1)
+        columns = product(x.transpose(1, 2), y).view(n, grid[1], -1)
         row_table, column_table = _axis_tables(grid, rows)
-        return torch.cat([row_table @ rows, column_table @ columns], dim=2).view(B, heads, 4 * d, -1)
+        return torch.cat([row_table @ rows, column_table @ columns], dim=1).view(n, 4 * d, -1)
     if locality != 'none':
         x = weighted(x, factors(locality, grid, x))
-    return product(x.transpose(-2, -1), y)
+    return product(x.transpose(1, 2), y)
 
 
 def sums_alone(x: torch.Tensor, locality: str, grid: tuple[int, int]) -> torch.Tensor:
-    """`sum_n phi_f(n) x_n`, (B, heads, F d); as `sums`."""
-    x = as_operand(x)
-    dtype = torch.promote_types(x.dtype, torch.float32)
+    """`sum_n phi_f(n) x_n`, (n, F d); as `sums`."""
+    dtype = sum_dtype(x.dtype)
     if locality == 'none':
-        return x.sum(dim=2, dtype=dtype)
+        return x.sum(dim=1, dtype=dtype)
     if through_rows_and_columns(locality, grid):
-        x = x.unflatten(2, grid)
-        rows, columns = x.sum(dim=3, dtype=dtype), x.sum(dim=2, dtype=dtype)
+        x = x.unflatten(1, grid)
+        rows, columns = x.sum(dim=2, dtype=dtype), x.sum(dim=1, dtype=dtype)
         row_table, column_table = _axis_tables(grid, rows)
-        return torch.cat([row_table @ rows, column_table @ columns], dim=2).flatten(2)
+        return torch.cat([row_table @ rows, column_table @ columns], dim=1).flatten(1)
     x = x.to(dtype)
-    return (factors(locality, grid, x) @ x).flatten(2)
+    return (factors(locality, grid, x) @ x).flatten(1)
 
 
 def apply(x: torch.Tensor, matrices: torch.Tensor, locality: str, grid: tuple[int, int]) -> torch.Tensor:
     """`sum_f phi_f(n) x_n M_f` at each position.
 
     Args:
-        x: (B, heads, N, d).
-        matrices: (B, heads, F d, e), as `sums` returns them; in half precision they are rounded to it.
+        x: (n, N, d), from `as_operand`.
+        matrices: (n, F d, e), as `sums` returns them; for bfloat16 they are rounded to it.
         locality: As for `sums`.
         grid: As for `sums`.
 
     Returns:
-        (B, heads, N, e) in float32 at least.
+        (n, N, e) in float32 at least.
     """
-    x = as_operand(x)
+    dtype = torch.float32 if x.dtype == torch.float16 else x.dtype  # sums may leave the range of float16
     if through_rows_and_columns(locality, grid):
-        rows, columns = matrices.unflatten(2, [4, -1]).flatten(3).split(2, dim=2)  # (B, heads, 2, d e)
+        n, N, d = x.shape
+        rows, columns = matrices.reshape(n, 4, -1).split(2, dim=1)  # (n, 2, d e)
         row_table, column_table = _axis_tables(grid, rows)
-        size = [x.shape[3], matrices.shape[3]]
-        x = x.unflatten(2, grid)
-        rows = (row_table.t() @ rows).unflatten(3, size).to(x.dtype)
-        columns = (column_table.t() @ columns).unflatten(3, size).to(x.dtype)
-        return (product(x, rows) + product(x.transpose(2, 3), columns).transpose(2, 3)).flatten(2, 3)
+        rows = (row_table.t() @ rows).to(dtype).view(n * grid[0], d, -1)
+        columns = (column_table.t() @ columns).to(dtype).view(n * grid[1], d, -1)
+        x = x.unflatten(1, grid)
+        by_row = product(x.flatten(0, 1), rows).view(n, grid[0], grid[1], -1)
+        by_column = product(x.transpose(1, 2).flatten(0, 1), columns).view(n, grid[1], grid[0], -1)
+        return (by_row + by_column.transpose(1, 2)).view(n, N, -1)
     if locality != 'none':
         x = weighted(x, factors(locality, grid, x))
-    return product(x, matrices.to(x.dtype))
+    return product(x, matrices.to(dtype))
 
 
 def apply_alone(vectors: torch.Tensor, locality: str, grid: tuple[int, int]) -> torch.Tensor:
-    """`sum_f phi_f(n) z_f` at each position, (B, heads, F d) to (B, heads, N, d), N being 1 for 'none'."""
+    """`sum_f phi_f(n) z_f` at each position, (n, F d) to (n, N, d), N being 1 for 'none'."""
     if locality == 'none':
-        return vectors.unsqueeze(2)
+        return vectors.unsqueeze(1)
     table = factors(locality, grid, vectors)
-    return table.t() @ vectors.unflatten(2, [table.shape[0], -1])
+    return table.t() @ vectors.unflatten(1, [table.shape[0], -1])

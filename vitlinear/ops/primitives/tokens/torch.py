@@ -1,7 +1,8 @@
 """Sums over tokens in plain operations. Tensors of heads are (B, heads, N, d) views of any strides."""
 import torch
+import torch.nn.functional as F
 
-from ..._numerics import as_operand, at_least_float32, inverse_norm
+from ..._numerics import as_operand, inverse_norm, product
 from .positions import apply, sums, sums_alone
 
 CLAMP_MIN, CLAMP_MAX = 1e-4, 1e4
@@ -41,18 +42,36 @@ def token_sums(
     Returns:
         (B, heads, F d, e) and (B, heads, F d), in float32 at least.
     """
+    x, y, heads = as_operand(k), as_operand(v), [k.shape[0], k.shape[1]]
     if unit:
-        k = as_operand(k)
-        k = k * inverse_norm(k, -1, eps).to(k.dtype)
+        x = x * inverse_norm(x, -1, eps).to(x.dtype)
     total: torch.Tensor | None = None
     if with_total:
-        total = sums_alone(k, locality, grid)
-    return sums(k, v, locality, grid), total
+        total = sums_alone(x, locality, grid).unflatten(0, heads)
+    return sums(x, y, locality, grid).unflatten(0, heads), total
 
 
-def token_gram(x: torch.Tensor) -> torch.Tensor:
-    """`sum_n x_n x_n^T` of (B, heads, N, d), (B, heads, d, d) in float32 at least."""
-    return sums(x, x, 'none', (0, 0))
+def token_moments(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """`sum_i q_i q_i^T`, `sum_j k_j k_j^T` and `sum_j k_j v_j^T`.
+
+    Costs 2 N (d^2) + 2 M (d^2 + d e) operations a head; keeps q, k and v for the backward pass.
+
+    Args:
+        q: (B, heads, N, d).
+        k: (B, heads, M, d).
+        v: (B, heads, M, e).
+
+    Returns:
+        (B, heads, d, d) twice and (B, heads, d, e), in float32 at least.
+    """
+    heads = [q.shape[0], q.shape[1]]
+    q, k, v = as_operand(q), as_operand(k), as_operand(v)
+    pairs = (product(q.transpose(1, 2), q), product(k.transpose(1, 2), k), product(k.transpose(1, 2), v))
+    return pairs[0].unflatten(0, heads), pairs[1].unflatten(0, heads), pairs[2].unflatten(0, heads)
 
 
 def in_order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -60,6 +79,15 @@ def in_order(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     if x.dtype == dtype:
         return x
     return x.transpose(1, 2).to(dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+
+
+def with_total(sums: torch.Tensor, total: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
+    """(B heads, F d, e + 1) sums with and without values, so that one product gives numerators and denominators.
+
+    For half precision the columns are filled up to a multiple of 8, without which tensor cores go unused.
+    """
+    out = torch.cat([sums, total.unsqueeze(3)], dim=3).flatten(0, 1)
+    return F.pad(out, [0, -out.shape[2] % 8]) if like.element_size() == 2 else out
 
 
 def token_apply(
@@ -93,16 +121,19 @@ def token_apply(
     Returns:
         (B, heads, N, e).
     """
-    out = apply(q, sums, locality, grid)
+    x, e = as_operand(q), sums.shape[3]
+    out = apply(x, sums.flatten(0, 1) if total is None else with_total(sums, total, x), locality, grid)
     if unit:
-        out = out * inverse_norm(q, -1, eps)
+        out = out * inverse_norm(x, -1, eps)
     if total is not None:
-        weight = apply(q, total.unsqueeze(3), locality, grid) + eps
+        out, weight = out[:, :, :e], out[:, :, e:e + 1] + eps
         if clamp:
             # the authors clamp the reciprocal; as the sum of weights is >= 0, capping it is the same
-            out = clamp_magnitude(clamp_magnitude(out) / weight.clamp(max=1e4))
+            magnitude = out.abs().clamp(1e-4, 1e4) / weight.clamp(max=1e4)
+            out = magnitude.clamp(1e-4, 1e4) * out.sign()
         else:
             out = out / weight
+    out = out.unflatten(0, [q.shape[0], q.shape[1]])
     if base is not None:
-        out = out + at_least_float32(base)
+        out = out + base
     return in_order(out, q.dtype if dtype is None else dtype)

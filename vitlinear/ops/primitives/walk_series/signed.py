@@ -47,7 +47,12 @@ def signed_series(
         beta: torch.Tensor | None,
         num_doublings: int,
 ) -> torch.Tensor:
-    """What queries meet (B, heads, r, e), from mean Gram matrices (B, heads, r, r) and `k^T v / sqrt(N M)`."""
-    c_q, c_k = norm_bound(g_q), norm_bound(g_k)
-    sums = sums * (c_q.rsqrt() * c_k.rsqrt())  # one root of both would leave the range of float32
-    return sums if beta is None else walk_series(beta * (g_k / c_k) @ (g_q / c_q), sums, num_doublings)
+    """What queries meet (B, heads, r, e), from Gram matrices (B, heads, r, r) and `k^T v`."""
+    grams = torch.stack([g_q, g_k])
+    bounds = norm_bound(grams)
+    roots = bounds.rsqrt()  # one root of their product would leave the range of float32
+    sums = sums * (roots[0] * roots[1])
+    if beta is None:
+        return sums
+    grams = grams / bounds
+    return walk_series(beta * grams[1] @ grams[0], sums, num_doublings)

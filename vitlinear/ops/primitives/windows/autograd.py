@@ -3,13 +3,13 @@ from functools import partial
 
 import torch
 
-from ..._numerics import as_operand, differentiate, no_autocast_backward
+from ..._numerics import at_least_float32, differentiate, no_autocast_backward
 from . import torch as plain
 
 
 def _widened(v: torch.Tensor) -> torch.Tensor:
     # float16 holds no sums of small weights; on CPUs the backward pass takes eight times as long in bfloat16
-    return v.float() if v.dtype == torch.float16 else as_operand(v)
+    return v if v.dtype == torch.bfloat16 and v.is_cuda else at_least_float32(v)
 
 
 class _WindowSums(torch.autograd.Function):

@@ -87,7 +87,7 @@ def convolved_windows(
 
 def with_ones(v: torch.Tensor) -> torch.Tensor:
     """(B, H, W, d, heads) to (B, H, W, d + 1, heads)."""
-    return torch.cat([v, torch.ones_like(v[:, :, :, :1])], dim=3)
+    return F.pad(v, [0, 0, 0, 1], value=1.)
 
 
 def window_sums(

@@ -1,16 +1,15 @@
 """What a deployment may do to a model without changing its function."""
 import copy
-import warnings
-from functools import partial
-from typing import Any, Callable, Dict, Optional, Sequence, Tuple
+from collections.abc import Callable, Sequence
+from itertools import pairwise
+from typing import Any
 
 import torch
+from timm.layers import Attention, BatchNormAct2d, ConvNormAct, DropPath, LayerScale, Mlp
+from timm.models.vision_transformer import Block as TokenBlock
 from torch import nn
 
-from timm.layers import Attention, BatchNormAct2d, ConvNormAct, DropPath, LayerScale, Mlp as TokenMlp
-from timm.models.vision_transformer import Block as TokenBlock
-
-from .layers import (
+from ..layers import (
     LinearAngularAttention,
     LinearAttention,
     QnAAttention,
@@ -20,14 +19,14 @@ from .layers import (
     XNormAttention,
     XNormClassAttention,
 )
-from .ops._common import PackedConv2d, PackedLinear, has_hooks, has_onednn, is_plain, pack
-from .layers.linear_angular import LinearAngular
-from .layers.qna import FoldedQnAAttention
-from .models._castling import Castling
-from .models._pyramid import ConvMlp, Mlp, reparameterize
-from .layers._fold import fold_batch_norm
-from .layers.castling import CastlingTokenAttention
-from .layers.xnorm_block import ClassBlock, LocalPatchInteraction, XNormBlock
+from ..layers._fold import fold_batch_norm
+from ..layers.castling import CastlingTokenAttention
+from ..layers.linear_angular import LinearAngular
+from ..layers.mlp import ConvMlp
+from ..layers.qna import FoldedQnAAttention
+from ..layers.xnorm_block import ClassBlock, LocalPatchInteraction, XNormBlock
+from .fold import reparameterize
+from .onednn import CONVOLUTIONS, LINEARS, PackedConv2d, PackedLinear, available, packed
 
 __all__ = ['STEPS', 'optimize_for_inference']
 
@@ -39,14 +38,14 @@ _LAST_LAYERS = {
     **dict.fromkeys([
         Attention, CastlingTokenAttention, FoldedQnAAttention, LinearAngularAttention, LinearAttention, QnAAttention,
         RandomWalkAttention, SoftmaxAttention, WindowAttention, XNormAttention, XNormClassAttention], 'proj'),
-    **dict.fromkeys([ConvMlp, Mlp, TokenMlp], 'fc2'),
+    **dict.fromkeys([ConvMlp, Mlp], 'fc2'),
     LocalPatchInteraction: 'conv2',
 }
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
 _QUANTIZED_MODULES = ('torch.ao.nn.', 'torch.nn.quantized', 'torch.nn.intrinsic', 'torchao.')
 
 
-def _castling(model: nn.Module, sample: Optional[torch.Tensor], tol: float) -> int:
+def _castling(model: nn.Module, sample: torch.Tensor | None, tol: float) -> int:
     """Remove the auxiliary branches."""
     layers = [m for m in model.modules() if isinstance(m, LinearAngular) and m.aux is not None and m.aux.mode != 'off']
     if layers and sample is None:
@@ -54,7 +53,7 @@ def _castling(model: nn.Module, sample: Optional[torch.Tensor], tol: float) -> i
             f'sample=None, but {len(layers)} layers of the {type(model).__name__} have an auxiliary branch: outputs '
             'with and without it are compared on a batch of images (B, in_chans, H, W), as for switch_to_inference.')
     for m in model.modules():
-        if isinstance(m, Castling):
+        if hasattr(type(m), 'switch_to_inference'):
             m.switch_to_inference(sample, tol)
     for layer in layers:
         if layer.aux.mode == 'always':
@@ -65,9 +64,12 @@ def _castling(model: nn.Module, sample: Optional[torch.Tensor], tol: float) -> i
     return len(layers)
 
 
+def _has_hooks(*modules: nn.Module) -> bool:
+    return any(m._forward_hooks or m._forward_pre_hooks for m in modules)
+
+
 def _is_batch_norm(module: nn.Module) -> bool:
-    known = type(module) is nn.BatchNorm2d or type(module) is BatchNormAct2d
-    return known and module.running_mean is not None and not has_hooks(module)
+    return type(module) in (nn.BatchNorm2d, BatchNormAct2d) and module.running_mean is not None
 
 
 def _fuse(model: nn.Module) -> int:
@@ -78,12 +80,12 @@ def _fuse(model: nn.Module) -> int:
             pairs = [('conv', 'bn')]
         elif type(m) is nn.Sequential:
             names = [name for name, _ in m.named_children()]
-            pairs = list(zip(names, names[1:]))
+            pairs = list(pairwise(names))
         else:
             continue
         for conv_name, norm_name in pairs:
             conv, norm = getattr(m, conv_name), getattr(m, norm_name)
-            if is_plain(conv, nn.Conv2d) and _is_batch_norm(norm):
+            if type(conv) is nn.Conv2d and _is_batch_norm(norm) and not _has_hooks(conv, norm):
                 setattr(m, conv_name, fold_batch_norm(conv, norm))
                 act = getattr(norm, 'act', nn.Identity())
                 plain = type(getattr(norm, 'drop', act)) is nn.Identity or type(norm) is nn.BatchNorm2d
@@ -99,10 +101,10 @@ def _layer_scale(model: nn.Module) -> int:
     for m in model.modules():
         for scale_name, branch_name in _BRANCHES if type(m) in _BLOCKS else ():
             scale, branch = getattr(m, scale_name, None), getattr(m, branch_name, None)
-            if type(scale) is not LayerScale or has_hooks(scale) or has_hooks(branch):
+            if type(scale) is not LayerScale:
                 continue
             last = getattr(branch, _LAST_LAYERS.get(type(branch), ''), None)
-            if last is None or not (is_plain(last) or is_plain(last, nn.Conv2d)):
+            if type(last) not in (*LINEARS, *CONVOLUTIONS) or _has_hooks(scale, branch, last):
                 continue
             wide = torch.promote_types(last.weight.dtype, torch.float32)
             gamma = scale.gamma.to(wide)
@@ -115,16 +117,14 @@ def _layer_scale(model: nn.Module) -> int:
     return count
 
 
-def _is_conv(module: nn.Module) -> bool:
-    return type(module) is nn.Conv2d or type(module) is PackedConv2d
-
-
 @torch.no_grad()
 def _channels_last(model: nn.Module) -> int:
     """Weights of dense convolutions in channels-last memory."""
     count = 0
     for m in model.modules():
-        if _is_conv(m) and m.weight.shape[1] > 1 and not m.weight.is_contiguous(memory_format=torch.channels_last):
+        if type(m) not in CONVOLUTIONS or m.weight.shape[1] == 1:
+            continue
+        if not m.weight.is_contiguous(memory_format=torch.channels_last):
             weight = m.weight.contiguous(memory_format=torch.channels_last)
             m.weight = nn.Parameter(weight, m.weight.requires_grad)
             count += 1
@@ -132,15 +132,21 @@ def _channels_last(model: nn.Module) -> int:
 
 
 def _pack(model: nn.Module) -> int:
-    """Linear layers and convolutions whose weights oneDNN keeps in the form that it needs."""
+    """Linear layers and convolutions whose weights oneDNN keeps in the form that it needs, in place of plain ones."""
     count = 0
-    for m in model.modules():
-        if isinstance(m, (nn.Linear, nn.Conv2d)) and m.weight.device.type == 'cpu' and has_onednn(m.weight.dtype):
-            count += pack(m)
+    for m in list(model.modules()):
+        for name, child in list(m.named_children()):
+            weight = getattr(child, 'weight', None)
+            if type(child) not in (*LINEARS, *CONVOLUTIONS) or weight.device.type != 'cpu' or _has_hooks(child):
+                continue
+            new = packed(child) if available(weight.dtype) else None
+            if new is not None:
+                setattr(m, name, new)
+                count += 1
     return count
 
 
-_STEPS: Dict[str, Callable[..., int]] = {
+_STEPS: dict[str, Callable[..., int]] = {
     'castling': _castling,
     'fuse': _fuse,
     'layer_scale': _layer_scale,
@@ -163,15 +169,7 @@ def _freeze(model: nn.Module) -> None:
             m.grad_checkpointing = False
     for m in model.modules():
         if isinstance(m, (PackedLinear, PackedConv2d)):
-            m._packed.clear()  # of a model that is optimised again, whose weights may be new
-
-
-def _train(model: nn.Module, mode: bool = True) -> nn.Module:
-    if mode:  # no error: tracers such as torchvision's, for features, go through both modes
-        warnings.warn(
-            f'This {type(model).__name__} was optimised for inference and stays in evaluation mode: train the model '
-            'that it was made from, or create one anew and load its checkpoint.', stacklevel=2)
-    return type(model).train(model, False)
+            m.packed.clear()  # of a model that is optimised again, whose weights may be new
 
 
 def _refuse_state_dict(model: nn.Module, *args: Any) -> None:
@@ -202,16 +200,17 @@ def _check(model: Any, steps: Sequence[str]) -> None:
 
 def optimize_for_inference(
         model: nn.Module,
-        steps: Optional[Sequence[str]] = None,
-        sample: Optional[torch.Tensor] = None,
+        steps: Sequence[str] | None = None,
+        sample: torch.Tensor | None = None,
         tol: float = 0.,
         inplace: bool = False,
 ) -> nn.Module:
     """A model with the same function up to rounding, and less to compute. Ours.
 
-    The result is used like the model, features, TorchScript and export included. It stays in evaluation mode, with a
-    warning from `train()`, its parameters take no gradients, and it loads no checkpoints: its state dict is another. To
-    go back, create the model anew and load its checkpoint. Of models of others that part is done that applies to them.
+    The result is used like the model, features, TorchScript and export included. It is in evaluation mode, its
+    parameters take no gradients, dropout and stochastic depth are off for good, and it loads no checkpoints: its state
+    dict is another. To go back, create the model anew and load its checkpoint. Of models of others that part is done
+    that applies to them.
 
     The steps:
 
@@ -247,17 +246,16 @@ def optimize_for_inference(
     _check(model, steps)
     if not inplace:
         model = copy.deepcopy(model)
-    done: Dict[str, int] = dict(getattr(model, 'optimized', ()))
+    done: dict[str, int] = dict(getattr(model, 'optimized', ()))
     if 'castling' in steps:
         done['castling'] = done.get('castling', 0) + _castling(model, sample, tol)
     if not hasattr(model, 'optimized'):
-        model.train = partial(_train, model)
         model.register_load_state_dict_pre_hook(_refuse_state_dict)
     model.eval()
     for name, step in _STEPS.items():
         if name in steps and name != 'castling':
             done[name] = done.get(name, 0) + step(model)
     _freeze(model)
-    optimized: Tuple[Tuple[str, int], ...] = tuple(done.items())
+    optimized: tuple[tuple[str, int], ...] = tuple(done.items())
     model.optimized = optimized
     return model

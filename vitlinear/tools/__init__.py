@@ -1,0 +1,1 @@
+"""The commands: a parser and one call each. They may import anything, and nothing imports them."""
