@@ -12,6 +12,7 @@ import timm
 import torch
 from _models import images, randomize
 from torch import nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import vitlinear
@@ -307,6 +308,18 @@ def test_modes(name: str):
         finally:
             handle.remove()
         assert door.is_unmodified(model)
+
+
+@pytest.mark.parametrize('name', ['vvt_nano', 'xvit_pyramid_nano', 'gkvit_nano', 'xvit_tiny', 'castling_levit_128s'])
+def test_forward_mode(name: str):
+    """Dual numbers go the plain way, under no_grad as elsewhere, and come out with their tangents."""
+    model, x, tangent = create(name).double(), images(1, 3, 32, 32).double(), images(1, 3, 32, 32, seed=1).double()
+    expected = torch.func.jvp(model, (x,), (tangent,))[1]
+    with torch.no_grad(), forward_ad.dual_level():
+        dual = forward_ad.make_dual(x, tangent)
+        assert not inference.applies(model, dual)
+        found = forward_ad.unpack_dual(model(dual)).tangent
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 def test_row_block_bytes():

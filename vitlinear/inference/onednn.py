@@ -13,7 +13,7 @@ from torch import nn
 
 from ..layers.mlp import DepthwiseConv2d
 from ..layers.qna import KeyProjection
-from ..ops._dispatch import scripts_as
+from ..ops._dispatch import may_read, scripts_as
 
 # Multiplications of a float32 product below which a call of oneDNN takes longer than the product does without it.
 # Measured on one core: 49 x 64 by 64 x 64 takes 9 us, in oneDNN 23; 196 x 64 by 64 x 192 takes 53 and 45.
@@ -130,9 +130,7 @@ def pack_convolution(
 
 def is_cpu_inference(x: torch.Tensor) -> bool:
     """Whether a tensor is on the CPU and neither autograd nor a tracer, compiler or transform sees what is done."""
-    return (type(x) is torch.Tensor and x.device.type == 'cpu' and not torch.is_grad_enabled()
-            and not torch.jit.is_tracing() and not torch.compiler.is_compiling()
-            and not torch._C._are_functorch_transforms_active())
+    return not torch.is_grad_enabled() and may_read(x)
 
 
 def _never(x: torch.Tensor) -> bool:
