@@ -65,7 +65,7 @@ def is_specialised() -> bool:
 
 def may_read(x: torch.Tensor) -> bool:
     """Whether the values of a tensor may steer the evaluation: reading them waits for no device and breaks no graph."""
-    return x.device.type == 'cpu' and is_eager() and not _is_transformed() and type(x) in _PLAIN_TENSORS
+    return type(x) in _PLAIN_TENSORS and x.device.type == 'cpu' and is_eager() and not _is_transformed()
 
 
 _PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
