@@ -9,38 +9,32 @@ from ..layers._fold import fold_batch_norm, wide_dtype
 _HOOKS = ('fuse', 'reparameterize', 'switch_to_deploy')
 
 
-def _folded_linear(layer: nn.Module) -> nn.Linear:
-    """The product that LeViT's product and batch norm (`LinearNorm`), or norm and product (`NormLinear`), make."""
+def _fold_norm_linear(layer: NormLinear) -> nn.Linear:
+    """LeViT's batch norm and product (`NormLinear`) as one product, folded in float64."""
     weight = layer.linear.weight
     wide = deepcopy(layer).to(wide_dtype(weight.device))
     linear, norm = wide.linear, wide.bn
     scale = norm.weight / (norm.running_var + norm.eps).sqrt()
     shift = norm.bias - norm.running_mean * scale
-    out = nn.Linear(linear.in_features, linear.out_features, device='meta')
-    if isinstance(layer, LinearNorm):
-        folded, bias = linear.weight * scale[:, None], shift
-    else:
-        folded, bias = linear.weight * scale, linear.weight @ shift
-    if linear.bias is not None:
-        bias = bias + (linear.bias * scale if isinstance(layer, LinearNorm) else linear.bias)
-    grad = weight.requires_grad
-    out.weight, out.bias = (nn.Parameter(t.detach().to(weight.dtype), requires_grad=grad) for t in (folded, bias))
-    return out.train(layer.training)
+    bias = linear.weight @ shift if linear.bias is None else linear.weight @ shift + linear.bias
+    linear.weight, linear.bias = nn.Parameter(linear.weight * scale), nn.Parameter(bias)
+    return linear.to(weight.dtype).requires_grad_(weight.requires_grad)
 
 
 def _folded(layer: nn.Module, hook: str) -> nn.Module:
     """What a layer makes of itself; timm's layers fold in the type that they have, so in float32 here."""
-    if type(layer) is ConvNorm and type(layer.linear) is nn.Conv2d and type(layer.bn) is nn.BatchNorm2d:
+    kinds = type(layer), type(getattr(layer, 'linear', None)), type(getattr(layer, 'bn', None))
+    if kinds in ((ConvNorm, nn.Conv2d, nn.BatchNorm2d), (LinearNorm, nn.Linear, nn.BatchNorm1d)):
         return fold_batch_norm(layer.linear, layer.bn)
-    if type(layer) in (LinearNorm, NormLinear) and type(layer.linear) is nn.Linear and type(layer.bn) is nn.BatchNorm1d:
-        return _folded_linear(layer)
+    if kinds == (NormLinear, nn.Linear, nn.BatchNorm1d):
+        return _fold_norm_linear(layer)
     if type(layer).__module__.startswith('vitlinear.'):
         out = getattr(layer, hook)()
         return out if hook == 'fuse' else layer
-    kinds = [(p.device, p.dtype) for p in layer.parameters() if p.is_floating_point()]
-    out = getattr(layer.float() if kinds else layer, hook)()
+    found = [(p.device, p.dtype) for p in layer.parameters() if p.is_floating_point()]
+    out = getattr(layer.float() if found else layer, hook)()
     out = out if hook == 'fuse' else layer
-    return out.to(*kinds[0]) if kinds else out
+    return out.to(*found[0]) if found else out
 
 
 def reparameterize(model: nn.Module) -> int:
