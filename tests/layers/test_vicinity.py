@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from vitlinear.layers import VicinityAttention
 from vitlinear.ops import clamp_magnitude, reference, vicinity_attention
 from vitlinear.ops.primitives.tokens.torch import CLAMP_MAX, CLAMP_MIN
-from vitlinear.ops.vicinity import LOCALITIES
+from vitlinear.ops.primitives.tokens.positions import LOCALITIES
 
 GRIDS = [(1, 1), (1, 7), (6, 1), (5, 8), (9, 4), (7, 7)]
 

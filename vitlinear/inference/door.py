@@ -5,12 +5,12 @@ import torch
 from torch import nn
 from torch.nn.modules import module as torch_module
 
+from ..ops._dispatch import PLAIN_TENSORS
 from .onednn import CONVOLUTIONS, LINEARS, is_cpu_inference
 from .rows import CHILDREN, call_part
 
 # Types that are what they seem: those of adapters, quantised and parametrised layers come from elsewhere.
 _PLAIN_ORIGINS = ('torch.nn.modules.', 'timm.', 'vitlinear.')
-_PLAIN_TENSORS = (nn.Parameter, torch.Tensor)
 _plain_types: dict[type[nn.Module], bool] = {}
 
 
@@ -26,7 +26,7 @@ def is_unmodified(model: nn.Module) -> bool:
         if not _plain_types[kind] or own['training'] or own['_forward_hooks'] or own['_forward_pre_hooks']:
             return False
         weight, children = own['_parameters'].get('weight'), own['_modules']
-        if 'forward' in own or (weight is not None and type(weight) not in _PLAIN_TENSORS):
+        if 'forward' in own or (weight is not None and type(weight) not in PLAIN_TENSORS):
             return False
         linears, convolutions = CHILDREN.get(kind, ((), ()))
         for name in linears:

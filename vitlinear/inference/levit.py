@@ -3,6 +3,7 @@ import torch
 from timm.models.levit import LevitBlock, LevitDownsample, LevitMlp, LevitStage
 from torch import nn
 
+from ..layers._common import merge_heads
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
 from .linear_angular import attend
 from .onednn import linear_gelu
@@ -29,7 +30,7 @@ def _pointwise(layer: PointwiseNorm, x: torch.Tensor) -> torch.Tensor:
 
 
 def _projected(layer: nn.Module, y: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    y = y.transpose(1, 2).flatten(2).unflatten(1, size).permute(0, 3, 1, 2)
+    y = merge_heads(y).unflatten(1, size).permute(0, 3, 1, 2)
     return _pointwise(layer.proj.ln, layer.proj.act(y))
 
 

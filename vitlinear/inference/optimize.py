@@ -25,6 +25,7 @@ from ..layers.linear_angular import LinearAngular
 from ..layers.mlp import ConvMlp
 from ..layers.qna import FoldedQnAAttention
 from ..layers.xnorm_block import ClassBlock, LocalPatchInteraction, XNormBlock
+from ..ops._dispatch import PLAIN_TENSORS
 from .fold import reparameterize
 from .onednn import CONVOLUTIONS, LINEARS, PackedConv2d, PackedLinear, available, packed
 
@@ -192,7 +193,7 @@ def _check(model: Any, steps: Sequence[str]) -> None:
         if type(m).__module__.startswith(_QUANTIZED_MODULES):
             raise TypeError(f"'{name}' is quantised ({type(m).__name__}): optimise the model, then quantise it.")
     for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
-        if type(tensor) not in (nn.Parameter, torch.Tensor) or tensor.is_quantized:
+        if type(tensor) not in PLAIN_TENSORS or tensor.is_quantized:
             raise TypeError(
                 f"'{name}' is a {type(tensor).__name__}, not a plain tensor: optimise the model, then quantise or "
                 'distribute it.')

@@ -10,7 +10,7 @@ from ..ops.primitives.windows import shifted_windows, spread_of
 from ..ops.primitives.windows.torch import convolved_windows
 from .cache import cached
 from .onednn import call_linear, linear_gelu
-from .rows import block_sizes, branch, lagged, put
+from .rows import block_sizes, branch, lagged, put, without_form
 
 QnA = QnAAttention | FoldedQnAAttention
 
@@ -88,6 +88,6 @@ def folded_qna(
 ) -> torch.Tensor:
     """See `rows.BRANCHES`."""
     if torch.is_autocast_enabled('cpu'):
-        return layer(x) if norm is None else x + layer(norm(x))
+        return without_form(layer, x, norm, out)
     return _in_row_blocks(
         layer, x, norm, layer.kernel, lambda y: call_linear(y, layer.joint), lambda y: call_linear(y, layer.proj), out)

@@ -105,8 +105,7 @@ def part(layer_type: type[nn.Module], **children: tuple[str, ...]) -> Callable[[
 
 def call(layer: Callable[..., torch.Tensor], x: torch.Tensor) -> torch.Tensor:
     """`layer(x)` of a map (B, H, W, C), in row blocks where the type has a form."""
-    form = BRANCHES.get(type(layer))
-    return layer(x) if form is None else form(layer, x, None, None)
+    return BRANCHES.get(type(layer), without_form)(layer, x, None, None)
 
 
 def call_part(layer: Callable[..., torch.Tensor], x: torch.Tensor, owned: bool) -> tuple[torch.Tensor, bool]:

@@ -6,7 +6,7 @@ from ..layers import XNormAttention
 from ..ops._numerics import inverse_norm
 from ..ops.xnorm import normalise_sums
 from .onednn import call_linear, linear_gelu
-from .rows import block_sizes, branch, put
+from .rows import block_sizes, branch, put, without_form
 
 # Positions from which an image goes by itself and K^T V is multiplied into the output projection. Measured on one core:
 # that is faster by a tenth or more from 28 x 28 positions on, and slower by as much at 14 x 14.
@@ -28,7 +28,7 @@ def _normalised(layer: XNormAttention, kv: torch.Tensor, num_keys: int) -> torch
 def xnorm(layer: XNormAttention, x: torch.Tensor, norm: nn.Module | None, out: torch.Tensor | None) -> torch.Tensor:
     """See `rows.BRANCHES`."""
     if torch.is_autocast_enabled('cpu'):
-        return layer(x) if norm is None else x + layer(norm(x))
+        return without_form(layer, x, norm, out)
     B, H, W, C = x.shape
     add = norm is not None
     images, rows = block_sizes(H, 4 * W * max(C, 3 * layer.attn_dim), share=1 / 2)  # sums are float32

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._common import merge_heads
 from .linear_angular import LinearAngular
 
 
@@ -83,7 +84,7 @@ class CastlingMultiScaleAttention(LinearAngular):
         x = self.attend(q, k, v, (H, W))
         if self.residual_pooling:
             x = x + q
-        return self.proj(x.transpose(1, 2).reshape(B, H * W, self.dim_out)), [H, W]
+        return self.proj(merge_heads(x)), [H, W]
 
 
 class CastlingTokenAttention(LinearAngular):
@@ -136,7 +137,7 @@ class CastlingTokenAttention(LinearAngular):
         """(B, N, C) to (B, N, C). There is no masked form: `attn_mask` must be None, `is_causal` False."""
         if attn_mask is not None or is_causal:
             raise ValueError('Linear-angular attention takes neither attn_mask nor is_causal.')
-        B, N, C = x.shape
+        B, N, _ = x.shape
         q, k, v = self.qkv(x).reshape(B, N, 3, self.num_heads, self.head_dim).permute(2, 0, 3, 1, 4).unbind(0)
         x = self.attend(q, k, v, self.grid, self.num_prefix_tokens)
-        return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, N, C)))
+        return self.proj_drop(self.proj(merge_heads(x)))

@@ -5,7 +5,7 @@ from torch import nn
 
 from ..ops import clamp_magnitude, vicinity_attention
 from ..ops._numerics import check_choice
-from ..ops.vicinity import LOCALITIES
+from ..ops.primitives.tokens.positions import LOCALITIES
 from ._common import check_heads, merge_heads, split_heads
 
 

@@ -6,6 +6,7 @@ import torch
 from timm.layers import get_device_dtype
 from torch import nn
 
+from ..ops._dispatch import scripts_as
 from ._timm import feature_take_indices, register_notrace_function
 
 __all__ = ['ImageModel', 'check_input', 'check_positive', 'init_module']
@@ -22,13 +23,11 @@ def _check_batch(x: torch.Tensor, in_chans: int) -> None:
 
 
 @register_notrace_function
+@scripts_as(_check_batch)
 def check_input(x: torch.Tensor, in_chans: int) -> None:
     """Raise ValueError unless `x` is a non-empty (B, in_chans, H, W) batch; while a model is traced, never."""
     if not torch.jit.is_tracing():  # sizes are tensors then, and what was checked would not be part of the graph
         _check_batch(x, in_chans)
-
-
-check_input.__prepare_scriptable__ = lambda: _check_batch  # what TorchScript compiles in its place
 
 
 def check_positive(**values: float) -> None:
@@ -44,7 +43,8 @@ def check_drop_path(rate: float) -> None:
         raise ValueError(f'drop_path_rate={rate} must lie in [0, 1).')
 
 
-def _check_num_classes(num_classes: int) -> None:
+def check_num_classes(num_classes: int) -> None:
+    """Raise ValueError where `num_classes` is negative."""
     if num_classes < 0:
         raise ValueError(f'num_classes={num_classes} must not be negative.')
 
@@ -100,7 +100,7 @@ class ImageModel(nn.Module):
         super().__init__()
         self._check_global_pool(global_pool)
         check_positive(in_chans=in_chans)
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         self.in_chans = in_chans
         self.num_classes = num_classes
         self.global_pool = global_pool
@@ -167,7 +167,7 @@ class ImageModel(nn.Module):
         Raises:
             ValueError: `num_classes` is negative or `global_pool` unsupported; the model is left as it was.
         """
-        _check_num_classes(num_classes)
+        check_num_classes(num_classes)
         dd = get_device_dtype(self)
         if global_pool is not None:
             self._check_global_pool(global_pool)

@@ -11,7 +11,7 @@ from ..layers import ATTENTION_LAYERS, get_attention_layer
 from ..layers.block import PatchEmbed, PyramidStage
 from ..layers.mlp import ConvMlp
 from ..layers.qna import FoldedQnAAttention
-from ._base import ImageModel, check_drop_path, check_input, check_positive
+from ._base import ImageModel, check_drop_path, check_input, check_num_classes, check_positive
 from ._timm import register_notrace_module
 
 AttnLayer = str | Callable[..., nn.Module]
@@ -46,8 +46,7 @@ def check_model_args(
             raise ValueError(f'mlp_ratios={tuple(mlp_ratios)} leave no hidden channel at embed_dims={dim}.')
     check_drop_path(drop_path_rate)
     check_positive(in_chans=in_chans, patch_stride=patch_stride)
-    if num_classes < 0:
-        raise ValueError(f'num_classes={num_classes} must not be negative.')
+    check_num_classes(num_classes)
 
 
 class HierarchicalModel(ImageModel):
@@ -178,7 +177,7 @@ class Pyramid(HierarchicalModel):
             mlp_ratios: Hidden over outer channels of the MLP of each stage.
             patch_size: Kernel of the stem convolution, odd.
             patch_stride: Stride of the stem convolution; below 4 keeps a useful grid on small images.
-            attn_layer: Mechanism by name (see `vitlinear.ops.ATTENTION_LAYERS`), or a module class or factory;
+            attn_layer: Mechanism by name (see `vitlinear.layers.ATTENTION_LAYERS`), or a module class or factory;
                 one for all stages or one for each.
             attn_kwargs: Further arguments of the mechanism.
             act_layer: Activation of the MLP.

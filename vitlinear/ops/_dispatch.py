@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 IMPLEMENTATIONS = ('torch', 'autograd', 'triton')
 
+# The types of tensors that are what they seem.
+PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+
 # Every primitive by name, for tests and for `explain`.
 PRIMITIVES: dict[str, Callable[..., Any]] = {}
 
@@ -65,10 +68,7 @@ def is_specialised() -> bool:
 
 def may_read(x: torch.Tensor) -> bool:
     """Whether the values of a tensor may steer the evaluation: reading them waits for no device and breaks no graph."""
-    return type(x) in _PLAIN_TENSORS and x.device.type == 'cpu' and is_eager() and not _is_transformed()
-
-
-_PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
+    return type(x) in PLAIN_TENSORS and x.device.type == 'cpu' and is_eager() and not _is_transformed()
 
 
 def _always(x: torch.Tensor) -> bool:
@@ -109,7 +109,7 @@ def choose(
     wanted = half = False
     devices = getattr(implementations.get('autograd'), 'devices', None)
     for x in tensors:
-        if type(x) not in _PLAIN_TENSORS:
+        if type(x) not in PLAIN_TENSORS:
             return 'torch', f'{type(x).__name__} is no plain tensor'
         wanted = wanted or x.requires_grad
         half = half or (x.is_cuda and x.element_size() == 2)

@@ -20,8 +20,6 @@ import torch
 from ._numerics import check_choice, no_autocast
 from .primitives.tokens import clamp_magnitude, token_apply, token_sums
 
-LOCALITIES = ('2d', '2d_product', '1d', 'none')
-
 
 @no_autocast
 def vicinity_attention(

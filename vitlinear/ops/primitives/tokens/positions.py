@@ -10,7 +10,7 @@ from functools import lru_cache
 
 import torch
 
-from ..._dispatch import is_eager, is_specialised, scripts_as
+from ..._dispatch import PLAIN_TENSORS, is_eager, is_specialised, scripts_as
 from ..._numerics import product, sum_dtype
 
 LOCALITIES = ('2d', '2d_product', '1d', 'none')
@@ -50,7 +50,7 @@ def kept_factors(locality: str, grid: tuple[int, int], dtype: torch.dtype, devic
 @scripts_as(build_factors)
 def factors(locality: str, grid: tuple[int, int], like: torch.Tensor) -> torch.Tensor:
     """As `build_factors`; eager code keeps the tables of the last sizes, by dtype and device."""
-    if is_eager() and type(like) in (torch.Tensor, torch.nn.Parameter) and like.device.type != 'meta':
+    if is_eager() and type(like) in PLAIN_TENSORS and like.device.type != 'meta':
         return kept_factors(locality, (int(grid[0]), int(grid[1])), like.dtype, like.device)
     return build_factors(locality, grid, like)
 
