@@ -8,7 +8,7 @@ import math
 import torch
 import torch.nn.functional as F
 
-from ..._dispatch import may_read, scripts_as
+from ..._dispatch import PLAIN_TENSORS, is_eager, may_read, scripts_as
 from ..._numerics import at_least_float32
 
 # Scores are clamped this far below the maximum of their map, where exp is still a normal float32.
@@ -46,10 +46,26 @@ def window_weights(score: torch.Tensor, shift: bool) -> torch.Tensor:
     return score.exp()
 
 
+def _strides(x: torch.Tensor, stride: int) -> list[int]:
+    return [stride, stride]
+
+
+@scripts_as(_strides)
+def _eager_strides(x: torch.Tensor, stride: int) -> list[int]:
+    """1 for a map of one position, where it makes no difference to the result.
+
+    PyTorch 2.14 leaves the bfloat16 weight gradient of a strided depthwise convolution of such a map uninitialised on
+    CPUs with AMX. Graphs, which hold for every size, keep the stride.
+    """
+    if type(x) in PLAIN_TENSORS and is_eager() and x.shape[1] == 1 and x.shape[2] == 1:
+        return [1, 1]
+    return [stride, stride]
+
+
 def depthwise_windows(x: torch.Tensor, kernel: torch.Tensor, stride: int, pad_rows: int) -> torch.Tensor:
     """Depthwise cross-correlation of a (B, H, W, C) map with (C, 1, k, k), zeros outside the map."""
     padding = [pad_rows, kernel.shape[3] // 2]
-    x = F.conv2d(x.permute(0, 3, 1, 2), kernel, None, [stride, stride], padding, [1, 1], kernel.shape[0])
+    x = F.conv2d(x.permute(0, 3, 1, 2), kernel, None, _eager_strides(x, stride), padding, [1, 1], kernel.shape[0])
     return x.permute(0, 2, 3, 1)
 
 
