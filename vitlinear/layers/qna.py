@@ -177,7 +177,7 @@ class FoldedQnAAttention(nn.Module):
         joint = self.joint(x)
         joint = joint.unflatten(3, [joint.shape[3] // self.num_heads, self.num_heads])
         v, score = joint[:, :, :, :-1 - self.num_queries], joint[:, :, :, -self.num_queries:]
-        y = qna_attention(score, v, self.rel_pos_bias, self.attn_scale, self.stride, self.scale)
+        y = qna_attention(score, v, self.rel_pos_bias, self.attn_scale, self.stride, self.scale, self.kernel)
         return self.proj(y.flatten(3))
 
 

@@ -62,6 +62,7 @@ def qna_attention(
         attn_scale: torch.Tensor | None = None,
         stride: int = 1,
         scale: float = 1.,
+        kernel: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Learned-query attention over the windows of a map.
 
@@ -76,6 +77,7 @@ def qna_attention(
         attn_scale: Scale of each tap after the softmax (L * heads, 1, k, k), None for 1.
         stride: Of the windows.
         scale: Of the result.
+        kernel: What `window_kernel` makes of bias and scales, where that is known.
 
     Returns:
         (B, ceil(H / stride), ceil(W / stride), d, heads) in the dtype of `v`.
@@ -90,5 +92,6 @@ def qna_attention(
     spread = spread_of(score, rel_pos_bias)
     if spread == 'large':
         return shifted_windows(score, v, rel_pos_bias, attn_scale, stride, scale)
-    kernel = window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3], scale)
+    if kernel is None:
+        kernel = window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3], scale)
     return window_sums(score, v, kernel, stride, shift=spread != 'small')

@@ -42,9 +42,12 @@ def build_factors(locality: str, grid: tuple[int, int], like: torch.Tensor) -> t
 
 @lru_cache(maxsize=64)
 def kept_factors(locality: str, grid: tuple[int, int], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """As `build_factors`, one factor of 1 for 'none'; the last tables are kept."""
+    """As `build_factors`; the last tables are kept, with the factors of a position side by side in memory.
+
+    In that order a map that is multiplied by them comes out as `weighted` needs it, without a copy.
+    """
     with torch.inference_mode(False), torch.no_grad():
-        return build_factors(locality, grid, torch.empty(0, dtype=dtype, device=device))
+        return build_factors(locality, grid, torch.empty(0, dtype=dtype, device=device)).t().contiguous().t()
 
 
 @scripts_as(build_factors)

@@ -32,7 +32,7 @@ def window_kernel(
     k = rel_pos_bias.shape[3]
     bias = at_least_float32(rel_pos_bias).reshape(num_queries, 1, -1, k, k)
     denominator = (bias - bias.detach().amax(dim=(3, 4), keepdim=True)).exp()
-    numerator = denominator * scale
+    numerator = denominator if scale == 1. else denominator * scale
     if attn_scale is not None:
         numerator = numerator * attn_scale.reshape(num_queries, 1, -1, k, k)
     return torch.cat([numerator.expand(-1, head_dim, -1, -1, -1), denominator], dim=1).reshape(-1, 1, k, k)
