@@ -51,7 +51,8 @@ def vicinity(
             if queries is None:
                 # bfloat16 has the range that sums over positions need; products of it are summed in float32
                 product = torch.bfloat16 if y.dtype == torch.bfloat16 else dtype
-                table = kept_factors(layer.locality, (H, W), dtype, x.device).unsqueeze(1).to(product)  # (F, 1, N)
+                table = kept_factors(layer.locality, (H, W), dtype, x.device)
+                table = table.unsqueeze(1).to(product).contiguous()  # (F, 1, N), positions last
                 queries = y[:, 0] if len(blocks) == 1 else y.new_empty(size, *y.shape[2:-1], N)
             F.relu_(y[:, :2])
             if len(blocks) > 1:
