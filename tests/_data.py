@@ -1,8 +1,8 @@
 """Small datasets in the formats of the real ones."""
 import pickle
 import struct
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 import numpy as np
 from PIL import Image

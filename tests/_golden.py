@@ -2,9 +2,8 @@
 import json
 import math
 import re
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
-from typing import Dict, Tuple
 
 import torch
 from safetensors.torch import load_file
@@ -14,23 +13,23 @@ QNA = Path(__file__).parent / 'golden' / 'qna'
 CASTLING = Path(__file__).parent / 'golden' / 'castling'
 
 
-@lru_cache(maxsize=None)
-def vvt_tensors() -> Dict[str, torch.Tensor]:
+@cache
+def vvt_tensors() -> dict[str, torch.Tensor]:
     """Parameters, inputs, outputs, cotangents and gradients by `<case>/...`."""
     return {**load_file(VVT / 'golden.safetensors'), **load_file(VVT / 'golden_grads.safetensors')}
 
 
-@lru_cache(maxsize=None)
-def vvt_facts() -> Dict:
+@cache
+def vvt_facts() -> dict:
     return json.loads((VVT / 'golden.json').read_text())
 
 
-@lru_cache(maxsize=None)
-def vvt_state_shapes() -> Dict:
+@cache
+def vvt_state_shapes() -> dict:
     return json.loads((VVT / 'state_shapes.json').read_text())['variants']
 
 
-def part(case: str, what: str) -> Dict[str, torch.Tensor]:
+def part(case: str, what: str) -> dict[str, torch.Tensor]:
     """The tensors of `<case>/<what>/<key>` by key, in the file's order."""
     prefix = f'{case}/{what}/'
     return {k[len(prefix):]: v for k, v in vvt_tensors().items() if k.startswith(prefix)}
@@ -46,7 +45,7 @@ def authors_key(key: str) -> str:
     return key.replace('.attn.fpc.fc1.', '.attn.se_fc.0.').replace('.attn.fpc.fc2.', '.attn.se_fc.2.')
 
 
-def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def to_authors(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Our state dict under the authors' names."""
     out = {}
     for key, value in state_dict.items():
@@ -58,35 +57,35 @@ def to_authors(state_dict: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return out
 
 
-def grid(case: str) -> Tuple[int, int]:
+def grid(case: str) -> tuple[int, int]:
     facts = vvt_facts()['cases'][case]
     return facts['H'], facts['W']
 
 
-@lru_cache(maxsize=None)
-def qna_tensors() -> Dict[str, torch.Tensor]:
+@cache
+def qna_tensors() -> dict[str, torch.Tensor]:
     """Inputs, outputs, intermediates, cotangents and gradients by `<case>/...`, parameters by `params:<set>/<path>`."""
     return load_file(QNA / 'golden.safetensors')
 
 
-@lru_cache(maxsize=None)
-def qna_cases() -> Dict[str, Dict]:
+@cache
+def qna_cases() -> dict[str, dict]:
     """Facts of each case by name."""
     return {case['name']: case for case in json.loads((QNA / 'golden.json').read_text())['cases']}
 
 
-@lru_cache(maxsize=None)
-def qna_state_shapes() -> Dict:
+@cache
+def qna_state_shapes() -> dict:
     return json.loads((QNA / 'state_shapes.json').read_text())
 
 
-def qna_part(prefix: str) -> Dict[str, torch.Tensor]:
+def qna_part(prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of `<prefix>/<key>` by key, such as those of 'params:<set>'."""
     prefix = prefix.rstrip('/') + '/'
     return {k[len(prefix):]: v for k, v in qna_tensors().items() if k.startswith(prefix)}
 
 
-def qna_layer(params: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
+def qna_layer(params: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Parameters, or gradients, of the authors' learned-query layer under our names and in our layout."""
     out = {}
     for key, value in params.items():
@@ -105,21 +104,21 @@ def qna_layer(params: Dict[str, torch.Tensor]) -> Dict[str, torch.Tensor]:
     return {k: v.contiguous() for k, v in out.items()}
 
 
-@lru_cache(maxsize=None)
-def castling_tensors() -> Dict[str, torch.Tensor]:
+@cache
+def castling_tensors() -> dict[str, torch.Tensor]:
     """Inputs, outputs, intermediates, cotangents and gradients by `<case>/...`, parameters by `<set>/<name>`."""
     return load_file(CASTLING / 'golden.safetensors')
 
 
-@lru_cache(maxsize=None)
-def castling_cases() -> Dict[str, Dict]:
+@cache
+def castling_cases() -> dict[str, dict]:
     """Facts of each case by name, with those of its parameters as 'constructor'."""
     facts = json.loads((CASTLING / 'golden.json').read_text())
     sets = facts['param_sets']
     return {case['name']: {**sets.get(case['params'], {}), **case} for case in facts['cases']}
 
 
-def castling_part(prefix: str) -> Dict[str, torch.Tensor]:
+def castling_part(prefix: str) -> dict[str, torch.Tensor]:
     """The tensors of `<prefix>/<key>` by key, such as those of 'params:<set>'."""
     prefix = prefix.rstrip('/') + '/'
     return {k[len(prefix):]: v for k, v in castling_tensors().items() if k.startswith(prefix)}

@@ -13,7 +13,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, Optional
+from typing import Any
 
 _OURS = ('HF_', 'HUGGING', 'VITLINEAR_')
 
@@ -24,7 +24,7 @@ class Job:
     def __init__(self, pid: int, reply: Path) -> None:
         self.pid, self.reply = pid, reply
 
-    def told(self, timeout: float = 300.) -> Dict[str, Any]:
+    def told(self, timeout: float = 300.) -> dict[str, Any]:
         """value, error and message of what it raised, out and err, seconds."""
         end = time.monotonic() + timeout
         while not self.reply.exists():
@@ -54,7 +54,7 @@ class Client:
             code: str,
             cache: Path,
             offline: bool = False,
-            largest_file: Optional[int] = None,
+            largest_file: int | None = None,
             **env: str,
     ) -> Job:
         self.jobs += 1
@@ -65,7 +65,7 @@ class Client:
         self.process.stdin.flush()
         return Job(int(self.process.stdout.readline()), reply)
 
-    def run(self, code: str, cache: Path, **kwargs: Any) -> Dict[str, Any]:
+    def run(self, code: str, cache: Path, **kwargs: Any) -> dict[str, Any]:
         return self.start(code, cache, **kwargs).told()
 
     def close(self) -> None:
@@ -96,7 +96,7 @@ def lose_root() -> None:
         assert libc.capset(header, sets) == 0
 
 
-def run(job: Dict[str, Any]) -> None:
+def run(job: dict[str, Any]) -> None:
     import resource
 
     import huggingface_hub

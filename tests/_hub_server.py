@@ -9,8 +9,9 @@ import re
 import threading
 import time
 from collections import Counter
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, Callable, Dict, List, Optional, Tuple
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
 TOKEN = 'hf_loopback_token'
@@ -19,18 +20,18 @@ TOKEN = 'hf_loopback_token'
 class Repo:
     def __init__(self, private: bool = False) -> None:
         self.private = private
-        self.commits: Dict[str, Dict[str, bytes]] = {}
-        self.branches: Dict[str, str] = {}
+        self.commits: dict[str, dict[str, bytes]] = {}
+        self.branches: dict[str, str] = {}
         self.commit({}, 'main')
 
-    def commit(self, files: Dict[str, bytes], branch: str) -> str:
+    def commit(self, files: dict[str, bytes], branch: str) -> str:
         files = {**self.commits.get(self.branches.get(branch, ''), {}), **files}
         oid = hashlib.sha1(repr((len(self.commits), branch, sorted(files))).encode()).hexdigest()
         self.commits[oid] = files
         self.branches[branch] = oid
         return oid
 
-    def resolve(self, revision: str) -> Optional[str]:
+    def resolve(self, revision: str) -> str | None:
         return self.branches.get(revision) or (revision if revision in self.commits else None)
 
 
@@ -60,20 +61,20 @@ class Hub:
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
 
     def reset(self) -> None:
-        self.repos: Dict[str, Repo] = {}
-        self.blobs: Dict[str, bytes] = {}
-        self.requests: List[Tuple[str, str]] = []
-        self.tokens: List[Optional[str]] = []
+        self.repos: dict[str, Repo] = {}
+        self.blobs: dict[str, bytes] = {}
+        self.requests: list[tuple[str, str]] = []
+        self.tokens: list[str | None] = []
         self.counts: Counter = Counter()
         self.fault: Callable[[str, str, int], Any] = lambda method, path, count: None
         self.slow = 0.
 
-    def add(self, repo_id: str, files: Dict[str, bytes], private: bool = False, branch: str = 'main') -> str:
+    def add(self, repo_id: str, files: dict[str, bytes], private: bool = False, branch: str = 'main') -> str:
         with self.lock:
             repo = self.repos.setdefault(repo_id, Repo(private))
             return repo.commit(files, branch)
 
-    def files(self, repo_id: str, revision: str = 'main') -> Dict[str, bytes]:
+    def files(self, repo_id: str, revision: str = 'main') -> dict[str, bytes]:
         repo = self.repos[repo_id]
         return repo.commits[repo.resolve(revision)]
 
@@ -124,7 +125,7 @@ class _Handler(BaseHTTPRequestHandler):
                 return handle(self, **match.groupdict())
         self._answer({'error': f'no such endpoint: {self.command} {path}'}, 404)
 
-    def _answer(self, content: Any = None, status: int = 200, headers: Optional[Dict[str, str]] = None) -> None:
+    def _answer(self, content: Any = None, status: int = 200, headers: dict[str, str] | None = None) -> None:
         data = json.dumps(content).encode()
         self.send_response(status)
         for k, v in {'Content-Type': 'application/json', 'Content-Length': str(len(data)), **(headers or {})}.items():
@@ -139,7 +140,7 @@ class _Handler(BaseHTTPRequestHandler):
     def _authorized(self) -> bool:
         return self.headers.get('Authorization') == f'Bearer {TOKEN}'
 
-    def _repo(self, repo: str) -> Optional[Repo]:
+    def _repo(self, repo: str) -> Repo | None:
         """The repository; what may not be seen is answered like what is not there, as the real Hub does."""
         found = self.state.repos.get(repo)
         if found is None or (found.private and not self._authorized()):
@@ -147,13 +148,13 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         return found
 
-    def _oid(self, repo: Repo, revision: str) -> Optional[str]:
+    def _oid(self, repo: Repo, revision: str) -> str | None:
         oid = repo.resolve(revision)
         if oid is None:
             self._error(404, 'RevisionNotFound')
         return oid
 
-    def _json(self) -> Dict[str, Any]:
+    def _json(self) -> dict[str, Any]:
         return json.loads(self.body or b'{}')
 
     # reading

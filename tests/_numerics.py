@@ -1,5 +1,5 @@
 """Comparisons that the tests of several mechanisms make."""
-from typing import Callable, Tuple
+from collections.abc import Callable
 
 import torch
 
@@ -9,7 +9,7 @@ from vitlinear.inference.rows import BRANCHES
 TIGHT = dict(rtol=1e-9, atol=1e-11)
 
 
-def value_and_grads(fn: Callable, *args: torch.Tensor) -> Tuple[torch.Tensor, ...]:
+def value_and_grads(fn: Callable, *args: torch.Tensor) -> tuple[torch.Tensor, ...]:
     args = [x.detach().clone().requires_grad_() for x in args]
     out = fn(*args)
     cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(out.dtype)

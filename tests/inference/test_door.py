@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import timm
 import torch
-from _models import images, randomize
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
 import vitlinear
+from _models import images, randomize
 from vitlinear import inference
 from vitlinear.inference import door
 
@@ -137,7 +137,7 @@ def test_maps_are_left_alone(name: str, nan_memory):
     with torch.no_grad(), inference.row_block_bytes(4096):
         with plainly():
             expected = model.forward_intermediates(x, intermediates_only=True)
-        last, maps = model.forward_intermediates(x)
+        _, maps = model.forward_intermediates(x)
         features = model.forward_features(x)
         held = [t.clone() for t in (features, *maps)]
         model.forward_head(features)

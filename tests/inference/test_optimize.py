@@ -4,7 +4,8 @@ import io
 import pickle
 import subprocess
 import sys
-from typing import Any, Callable, Dict, List, Tuple
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import timm
@@ -17,10 +18,10 @@ import vitlinear
 from vitlinear import optimize_for_inference
 from vitlinear.inference import onednn as onednn_operators
 from vitlinear.inference import row_block_bytes
-from vitlinear.layers import QnAAttention
 from vitlinear.inference.onednn import PackedConv2d, PackedLinear
-from vitlinear.layers.qna import FoldedQnAAttention
 from vitlinear.inference.optimize import STEPS
+from vitlinear.layers import QnAAttention
+from vitlinear.layers.qna import FoldedQnAAttention
 
 STAGES = dict(embed_dims=(16, 24), depths=(1, 2), num_heads=(2, 3), mlp_ratios=2., patch_size=3, patch_stride=2)
 FLAT = dict(img_size=32, patch_size=4, embed_dim=24, depth=2, num_heads=2, init_values=.5)
@@ -33,7 +34,7 @@ QNA = dict(
     mlp_ratios=2.)
 
 # a small model of each family, and of each option that has a part in what is folded
-MODELS: Dict[str, Tuple[str, Dict[str, Any]]] = {
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     'vvt': ('vvt_nano', STAGES),
     'vvt product': ('vvt_nano', dict(STAGES, attn_kwargs=dict(locality='2d_product', clamp=False))),
     'xvit': ('xvit_tiny', FLAT),
@@ -104,7 +105,7 @@ def images(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def batches(name: str) -> List[torch.Tensor]:
+def batches(name: str) -> list[torch.Tensor]:
     shapes = [(2, 3, 32, 32), (1, 3, 32, 32)] if name in FIXED else [(2, 3, 32, 32), (1, 3, 48, 37), (1, 3, 32, 32)]
     return [images(*shape) for shape in shapes]
 
@@ -115,7 +116,7 @@ def error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return ((actual.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def outputs(model: nn.Module, x: torch.Tensor) -> List[torch.Tensor]:
+def outputs(model: nn.Module, x: torch.Tensor) -> list[torch.Tensor]:
     """Logits, features and maps."""
     out = [model(x), model.forward_features(x)]
     if hasattr(model, 'forward_intermediates'):

@@ -6,9 +6,9 @@ import sys
 import pytest
 import timm
 import torch
-from _pyramids import BACKBONES, CLOSE, FAMILIES, create, images
 from torch import nn
 
+from _pyramids import BACKBONES, CLOSE, FAMILIES, create, images
 from vitlinear import inference
 from vitlinear.inference.rows import BRANCHES
 from vitlinear.layers.block import PatchEmbed

@@ -2,16 +2,16 @@
 properties, at zero and in half precision."""
 import copy
 import math
-from typing import Callable, Dict, List, Optional
+from collections.abc import Callable
 
 import pytest
 import torch
-from _golden import castling_cases, castling_part, castling_tensors
-from _numerics import TIGHT, assert_close, saved_bytes
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from _golden import castling_cases, castling_part, castling_tensors
+from _numerics import TIGHT, assert_close, saved_bytes
 from vitlinear.layers import LinearAngularAttention
 from vitlinear.layers.linear_angular import MaskedSoftmax
 from vitlinear.ops import linear_angular_attention as attention
@@ -45,7 +45,7 @@ def create(*args, seed: int = 0, **kwargs) -> LinearAngularAttention:
     return module.eval()
 
 
-def heads_of(module: LinearAngularAttention, x: torch.Tensor) -> List[torch.Tensor]:
+def heads_of(module: LinearAngularAttention, x: torch.Tensor) -> list[torch.Tensor]:
     """Queries, keys and values (B, heads, N, d) of a map."""
     qkv = module.qkv(x).flatten(1, 2).chunk(3, dim=-1)
     return [u.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for u in qkv]
@@ -98,14 +98,14 @@ def through_torchscript(module: LinearAngularAttention, x: torch.Tensor) -> torc
     return torch.jit.script(module)(x)
 
 
-PATHS: Dict[str, Callable] = {
+PATHS: dict[str, Callable] = {
     'autograd': through_autograd, 'inference': through_inference, 'chunks': through_chunks, 'layers': through_layers,
     'expanded': through_expanded_convolution}
 
 
 # the authors' numbers
 
-def golden_module(name: str, chunk: Optional[int] = None) -> LinearAngularAttention:
+def golden_module(name: str, chunk: int | None = None) -> LinearAngularAttention:
     """Their state dict fits with and without the auxiliary branch."""
     case = castling_cases()[name]
     config = case['constructor']
@@ -134,7 +134,7 @@ def test_golden_layers(path: str):
 
 @pytest.mark.parametrize('chunk', CHUNKS)
 @pytest.mark.parametrize('name', WITH_GRADIENTS)
-def test_golden_gradients(name: str, chunk: Optional[int]):
+def test_golden_gradients(name: str, chunk: int | None):
     module, x = golden_module(name, chunk), golden_map(name).requires_grad_()
     module(x).backward(golden_map(name, 'cotangent'))
     assert_close(x.grad, golden_map(name, 'grad_input'), rtol=2e-4, atol=2e-5)
@@ -165,7 +165,7 @@ def test_golden_intermediates(name: str):
 
 
 @pytest.mark.parametrize('chunk', CHUNKS)
-def test_golden_masks(chunk: Optional[int]):
+def test_golden_masks(chunk: int | None):
     assert len(WITH_MASK) == 17
     for name in WITH_MASK:
         module, case = golden_module(name, chunk), castling_cases()[name]
@@ -356,7 +356,7 @@ def test_all_zero():
 
 # the switch
 
-def both(name: str) -> List[torch.Tensor]:
+def both(name: str) -> list[torch.Tensor]:
     """With and without the branch."""
     module, x = golden_module(name), golden_map(name)
     out = module(x)
@@ -559,7 +559,7 @@ def test_memory_of_the_branch(monkeypatch):
     monkeypatch.setattr(few_keys, 'attend', lambda q, k, *args: steps.append(
         (q.shape[2], k.shape[2])) or step(q, k, *args))
 
-    def kept(chunk: Optional[int], max_keys: Optional[int], queries: int = H * W) -> int:
+    def kept(chunk: int | None, max_keys: int | None, queries: int = H * W) -> int:
         module = MaskedSoftmax('always', threshold=0., max_keys=max_keys, chunk=chunk)
         return saved_bytes(lambda *args: module(*args, (H, W)), q[:, :, :queries], k, v)
 

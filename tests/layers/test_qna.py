@@ -3,16 +3,16 @@ precision."""
 import copy
 import io
 import math
-from typing import Callable, Dict, Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
-from _golden import qna_cases, qna_layer, qna_part, qna_tensors
-from _numerics import TIGHT, assert_close, in_row_blocks, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
+from _golden import qna_cases, qna_layer, qna_part, qna_tensors
+from _numerics import TIGHT, assert_close, in_row_blocks, value_and_grads
 from vitlinear.layers import QnAAttention
 from vitlinear.layers._common import lecun_normal_
 from vitlinear.ops import qna_attention, reference
@@ -67,7 +67,7 @@ def through_torchscript(module: QnAAttention, x: torch.Tensor) -> torch.Tensor:
     return torch.jit.script(module)(x)
 
 
-PATHS: Dict[str, Callable] = {
+PATHS: dict[str, Callable] = {
     'autograd': through_autograd, 'inference': through_inference, 'row blocks': in_row_blocks}
 
 

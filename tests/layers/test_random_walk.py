@@ -3,9 +3,9 @@ import math
 
 import pytest
 import torch
-from _numerics import assert_close, in_row_blocks
 from torch import nn
 
+from _numerics import assert_close, in_row_blocks
 from vitlinear.layers import RandomWalkAttention
 from vitlinear.ops import random_walk_attention, reference, use, walk_series
 from vitlinear.ops.primitives.walk_series.signed import norm_bound

@@ -1,18 +1,18 @@
 """Vicinity attention against its O(N^2) form, against the authors' steps one by one, and in half precision."""
 import math
+from collections.abc import Callable
 from contextlib import nullcontext
-from typing import Callable, Tuple
 
 import pytest
 import torch
-from _numerics import TIGHT, assert_close, saved_bytes, value_and_grads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from _numerics import TIGHT, assert_close, saved_bytes, value_and_grads
 from vitlinear.layers import VicinityAttention
 from vitlinear.ops import clamp_magnitude, reference, vicinity_attention
-from vitlinear.ops.primitives.tokens.torch import CLAMP_MAX, CLAMP_MIN
 from vitlinear.ops.primitives.tokens.positions import LOCALITIES
+from vitlinear.ops.primitives.tokens.torch import CLAMP_MAX, CLAMP_MIN
 
 GRIDS = [(1, 1), (1, 7), (6, 1), (5, 8), (9, 4), (7, 7)]
 
@@ -83,7 +83,7 @@ def settled(q, k, v, locality: str = '2d') -> torch.Tensor:
 
 @pytest.mark.parametrize('scale', SCALES)
 @pytest.mark.parametrize('locality', LOCALITIES[:5])
-def test_clamped_steps(locality: str, scale: Tuple[float, float]):
+def test_clamped_steps(locality: str, scale: tuple[float, float]):
     """Every clamp is at work at one of the scales, see the next test."""
     q, k, v = inputs(2, 2, 5, 6, d=4, e=4, scale=scale)
     q[:, 0, 2] = 0  # dead queries, for exact zeros

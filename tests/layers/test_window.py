@@ -5,10 +5,10 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from _golden import qna_cases, qna_part, qna_tensors
-from _numerics import TIGHT
 from torch import nn
 
+from _golden import qna_cases, qna_part, qna_tensors
+from _numerics import TIGHT
 from vitlinear.layers import WindowAttention
 from vitlinear.layers.window import relative_position_bias, resize_relative_position_bias_table
 
@@ -36,7 +36,7 @@ def sides(n: int, largest: int) -> int:
 
 def by_pairs(module: WindowAttention, x: torch.Tensor) -> torch.Tensor:
     """Every pair of positions; those in other windows, and the padding that fills the last windows, are masked."""
-    B, H, W, C = x.shape
+    _, H, W, _ = x.shape
     heads, d = module.num_heads, module.head_dim
     h, w = sides(H, module.window_size[0]), sides(W, module.window_size[1])
     padded = F.pad(x, (0, 0, 0, -W % w, 0, -H % h))

@@ -1,14 +1,14 @@
 """XNorm attention against its textbook form, by its properties, at zero and in half precision."""
 import copy
 import io
+from collections.abc import Callable
 from functools import partial
-from typing import Callable, Dict
 
 import pytest
 import torch
-from _numerics import TIGHT, assert_close, in_row_blocks, value_and_grads
 from torch import nn
 
+from _numerics import TIGHT, assert_close, in_row_blocks, value_and_grads
 from vitlinear.layers import XNormAttention, XNormClassAttention
 from vitlinear.ops import reference, token_apply, token_sums, xnorm_attention
 
@@ -50,7 +50,7 @@ def through_torchscript(module: nn.Module, x: torch.Tensor) -> torch.Tensor:
     return torch.jit.script(module)(x)
 
 
-PATHS: Dict[str, Callable] = {
+PATHS: dict[str, Callable] = {
     'autograd': through_autograd, 'inference': through_inference, 'row blocks': in_row_blocks,
     'torchscript': through_torchscript}
 

@@ -2,8 +2,8 @@
 import pytest
 import timm
 import torch
-from _models import images, refused
 
+from _models import images, refused
 from vitlinear.layers import VicinityAttention
 from vitlinear.ops import vicinity_attention
 

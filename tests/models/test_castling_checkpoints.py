@@ -7,10 +7,10 @@ from functools import cache
 import pytest
 import timm
 import torch
-from _models import filtered, images, on_meta, randomize
 from timm.models.mvitv2 import MultiScaleVit, MultiScaleVitCfg
 from torch import nn
 
+from _models import filtered, images, on_meta, randomize
 from vitlinear.tools import cli
 from vitlinear.zoo.records import read_record
 

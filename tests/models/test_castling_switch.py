@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 import timm
 import torch
-from _golden import castling_cases, castling_part, castling_tensors
-from _models import CASTLING, CLOSE, FORMS, build, create, images
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
+from _golden import castling_cases, castling_part, castling_tensors
+from _models import CASTLING, CLOSE, FORMS, build, create, images
 from vitlinear.layers import LinearAngularAttention
 from vitlinear.layers.linear_angular import LinearAngular
 from vitlinear.models import CastlingSchedule

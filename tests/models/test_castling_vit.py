@@ -3,11 +3,11 @@
 import pytest
 import timm
 import torch
-from _golden import castling_cases, castling_part, castling_tensors
-from _models import CASTLING, CLOSE, build, count_macs, create, filtered, images, numel, refused
 from timm.models.mvitv2 import MultiScaleVitCfg
 from torch import nn
 
+from _golden import castling_cases, castling_part, castling_tensors
+from _models import CASTLING, CLOSE, build, count_macs, create, filtered, images, numel, refused
 from vitlinear.layers.linear_angular import LinearAngular
 from vitlinear.models import CastlingVisionTransformer
 

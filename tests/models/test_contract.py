@@ -7,8 +7,9 @@ import re
 import pytest
 import timm
 import torch
-from _models import CLOSE, FORMS, blank, build, check_initialisation, create, filtered, images
 from torch import nn
+
+from _models import CLOSE, FORMS, blank, build, check_initialisation, create, filtered, images
 
 ANY_SIZE = [form for form in FORMS if 'deit' not in form]
 # a compiler takes its time

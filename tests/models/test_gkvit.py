@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _models import blank, count_macs, filtered, numel, on_meta
 from timm.optim import create_optimizer_v2
 from torch import nn
 
+from _models import blank, count_macs, filtered, numel, on_meta
 from vitlinear.layers import RandomWalkAttention
 from vitlinear.models.gkvit import GraphKernelVisionTransformer
 from vitlinear.ops.primitives.walk_series.signed import MAX_DOUBLINGS

@@ -6,12 +6,13 @@ import pickle
 import pytest
 import timm
 import torch
-from _pyramids import BACKBONES, CLOSE, FAMILIES, SIZES, TWO_STAGES, build, create, family, images
 from timm.data import resolve_data_config
 from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
+
+from _pyramids import BACKBONES, CLOSE, FAMILIES, SIZES, TWO_STAGES, build, create, family, images
 
 
 @pytest.fixture(scope='module', params=FAMILIES)

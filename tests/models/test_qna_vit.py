@@ -3,23 +3,22 @@ authors' checkpoints."""
 import copy
 import logging
 import math
-from functools import lru_cache
-from typing import Dict
+from functools import cache
 
 import pytest
 import timm
 import torch
-from _golden import qna_cases, qna_part, qna_state_shapes, qna_tensors
-from _numerics import assert_close
 from safetensors.torch import save_file
 from timm.optim import create_optimizer_v2
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import vitlinear  # noqa: F401
+from _golden import qna_cases, qna_part, qna_state_shapes, qna_tensors
+from _numerics import assert_close
 from vitlinear.layers import ATTENTION_LAYERS, QnAAttention, WindowAttention
-from vitlinear.layers.window import resize_relative_position_bias_table
 from vitlinear.layers.qna_block import QnADownsample, SamePatchEmbed
+from vitlinear.layers.window import resize_relative_position_bias_table
 from vitlinear.models.qna_vit import QnAVisionTransformer, _from_flax, checkpoint_filter_fn, infer_variant
 
 VARIANTS = ['qna_vit_tiny', 'qna_vit_tiny_7x7', 'qna_vit_small', 'qna_vit_base']
@@ -48,7 +47,7 @@ def randomize(model: nn.Module, seed: int = 0) -> nn.Module:
 
 # the authors' numbers
 
-@lru_cache(maxsize=None)
+@cache
 def golden_model(name: str) -> QnAVisionTransformer:
     """For tests that leave it as it is."""
     case = qna_cases()[name]
@@ -73,7 +72,7 @@ def golden_model(name: str) -> QnAVisionTransformer:
     return model.eval()
 
 
-def modules_by_flax_path(name: str) -> Dict[str, nn.Module]:
+def modules_by_flax_path(name: str) -> dict[str, nn.Module]:
     """Modules of ours that compute what an intermediate of the authors holds."""
     model, config = golden_model(name), qna_cases()[name]['config']
     modules = {'StemBlock_0': model.patch_embed, 'ClassificationHead_0/LayerNorm_0': model.norm}
@@ -187,13 +186,13 @@ def variant(request) -> str:
     return request.param
 
 
-@lru_cache(maxsize=None)
+@cache
 def default(variant: str) -> nn.Module:
     """For tests that leave it as it is."""
     return timm.create_model(variant, device='meta')
 
 
-def flax_shapes(variant: str) -> Dict[str, torch.Tensor]:
+def flax_shapes(variant: str) -> dict[str, torch.Tensor]:
     return {path: torch.empty(shape, device='meta') for path, shape in qna_state_shapes()[variant]['entries']}
 
 
@@ -501,7 +500,7 @@ def small() -> QnAVisionTransformer:
 
 
 @pytest.fixture(scope='module')
-def flax() -> Dict[str, torch.Tensor]:
+def flax() -> dict[str, torch.Tensor]:
     return qna_part('params:small')
 
 

@@ -5,10 +5,10 @@ import math
 import pytest
 import timm
 import torch
-from _golden import authors_key, grid, part, to_authors, vvt_facts, vvt_state_shapes, vvt_tensors
-from _models import blank, check_initialisation, count_macs, filtered, images, numel, on_meta
 from torch import nn
 
+from _golden import authors_key, grid, part, to_authors, vvt_facts, vvt_state_shapes, vvt_tensors
+from _models import blank, check_initialisation, count_macs, filtered, images, numel, on_meta
 from vitlinear import ops
 from vitlinear.layers import VicinityAttention
 from vitlinear.models.vvt import VicinityVisionTransformer

@@ -8,13 +8,13 @@ import math
 import pytest
 import timm
 import torch
-from _models import CLOSE, build, count_macs, create, filtered, images, numel, on_meta, refused
 from timm.layers import resample_abs_pos_embed_nhwc
 from timm.models import create_feature_extractor, group_parameters
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
+from _models import CLOSE, build, count_macs, create, filtered, images, numel, on_meta, refused
 from vitlinear.layers import XNormAttention, XNormClassAttention
 from vitlinear.layers.xnorm_block import FourierPosition, LocalPatchInteraction
 from vitlinear.ops import reference

@@ -5,14 +5,12 @@ import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import List
 
 import pytest
-from _data import image_folder
 from huggingface_hub import ModelCard
 
-from vitlinear.tools import cli, train, validate
-from vitlinear.tools import cards
+from _data import image_folder
+from vitlinear.tools import cards, cli, train, validate
 from vitlinear.zoo.records import read_record, write_record
 
 ROOT = Path(__file__).parents[2]
@@ -35,18 +33,18 @@ def read_card(folder: Path) -> str:
     return re.sub(r'hf-hub:[\w./-]+', f'local-dir:{folder.name}', (folder / 'README.md').read_text())
 
 
-def snippets(card: str, language: str, section: str = '') -> List[str]:
+def snippets(card: str, language: str, section: str = '') -> list[str]:
     part = card.partition(f'\n{section}\n')[2] if section else card
     return re.findall(rf'^```{language}\n(.*?)^```$', re.split(r'^##+ ', part, flags=re.M)[0] if section else part,
                       flags=re.M | re.S)
 
 
-def commands(card: str, section: str) -> List[List[str]]:
+def commands(card: str, section: str) -> list[list[str]]:
     lines = '\n'.join(snippets(card, 'sh', section)).replace('\\\n', ' ').splitlines()
     return [shlex.split(line) for line in lines if line.strip()]
 
 
-def run_python(code: str, capsys) -> List[str]:
+def run_python(code: str, capsys) -> list[str]:
     capsys.readouterr()
     exec(compile(code, 'snippet', 'exec'), {'__name__': 'snippet'})
     return capsys.readouterr().out.splitlines()

@@ -13,13 +13,13 @@ from typing import Any
 import pytest
 import timm
 import torch
-from _data import image_folder
 from safetensors import safe_open
 from timm.models import save_for_hf
 from timm.task import TokenDistillationTask
 from timm.utils import load_checkpoint_metadata
 from torch import nn
 
+from _data import image_folder
 from vitlinear.layers.linear_angular import MaskedSoftmax
 from vitlinear.models import CastlingSchedule
 from vitlinear.tools import _script, cli, train, validate

@@ -12,12 +12,12 @@ import msgpack
 import pytest
 import timm
 import torch
-from _golden import to_authors
 from safetensors.torch import load_file, save_file
 
+from _golden import to_authors
 from vitlinear.tools import cli
-from vitlinear.zoo._flax import is_flax, read_flax
 from vitlinear.tools._folders import folder_problems
+from vitlinear.zoo._flax import is_flax, read_flax
 from vitlinear.zoo.records import read_record
 
 QNA = Path(__file__).parents[1] / 'golden' / 'qna'

@@ -11,8 +11,8 @@ import torch
 import yaml
 
 from vitlinear.tools import cli
-from vitlinear.tools.export import export_model
 from vitlinear.tools._folders import folder_problems
+from vitlinear.tools.export import export_model
 from vitlinear.zoo.records import find_record, read_record
 
 PUBLISHED = find_record('vvt_nano.fashion_mnist')

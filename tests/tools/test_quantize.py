@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _data import image_folder
 
+from _data import image_folder
 from vitlinear.tools import cli
 
 onnx = pytest.importorskip('onnx', reason='onnx is not installed (the extra export)')

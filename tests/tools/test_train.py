@@ -5,18 +5,19 @@ import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, Tuple
+from typing import Any
 
 import pytest
 import timm
 import torch
 import yaml
-from _data import cifar100, fashion_mnist, image_folder
 from PIL import Image
 from timm.models import load_checkpoint
 from timm.utils import load_checkpoint_metadata
 
+from _data import cifar100, fashion_mnist, image_folder
 from vitlinear.tools import _script, train, validate
 from vitlinear.tools._train_args import UNSUPPORTED
 from vitlinear.tools._train_data import posterize
@@ -75,7 +76,7 @@ def finish(process: subprocess.Popen) -> str:
     return out
 
 
-def flat(value: Any, path: str = '') -> Iterator[Tuple[str, Any]]:
+def flat(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
     if items is None:
         yield path, value
@@ -94,11 +95,11 @@ def assert_same_state(a: Path, b: Path) -> None:
             assert same, (key, k)
 
 
-def weights(folder: Path) -> Dict[str, torch.Tensor]:
+def weights(folder: Path) -> dict[str, torch.Tensor]:
     return load_checkpoint_metadata(str(folder / 'last.pth.tar'))['state_dict']
 
 
-def rows(folder: Path) -> List[Dict[str, str]]:
+def rows(folder: Path) -> list[dict[str, str]]:
     with open(folder / 'summary.csv', newline='') as f:
         return list(csv.DictReader(f))
 

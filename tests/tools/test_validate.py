@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _data import cifar100, fashion_mnist, image_folder
-from _golden import to_authors
 from PIL import Image
 
+from _data import cifar100, fashion_mnist, image_folder
+from _golden import to_authors
 from vitlinear.tools import _datasets
 from vitlinear.tools.validate import UNSUPPORTED, build_parser, main, validate
 

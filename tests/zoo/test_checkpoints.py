@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _golden import to_authors
 from safetensors.torch import save_file
 
+from _golden import to_authors
 from vitlinear.models.vvt import checkpoint_filter_fn
 
 # vvt_tiny, made small

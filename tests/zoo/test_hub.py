@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from _hub_client import Client, digest
-from _hub_server import TOKEN, Hub
 
 import vitlinear
-from vitlinear.zoo import hub as hub_module
+from _hub_client import Client, digest
+from _hub_server import TOKEN, Hub
 from vitlinear.tools.export import export_model
+from vitlinear.zoo import hub as hub_module
 from vitlinear.zoo.records import Cfg, find_record, read_record, records
 
 NAME = 'vvt_nano.fashion_mnist'

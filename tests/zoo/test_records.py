@@ -9,12 +9,18 @@ import pytest
 import timm
 import torch
 
+from vitlinear.tools._folders import count_macs, folder_problems
 from vitlinear.tools._script import config_folder
 from vitlinear.zoo import records as module
-from vitlinear.tools._folders import count_macs
-from vitlinear.tools._folders import folder_problems
 from vitlinear.zoo.records import (
-    RecordError, find_record, read_record, record_from_dict, records, weights_cfg, write_record, write_text,
+    RecordError,
+    find_record,
+    read_record,
+    record_from_dict,
+    records,
+    weights_cfg,
+    write_record,
+    write_text,
 )
 
 NAMES = sorted(records())

@@ -10,10 +10,11 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import Any, Callable, ContextManager, Dict, Iterable, Optional, Sequence, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -102,7 +103,7 @@ class Parser(argparse.ArgumentParser):
         unsupported: Flags of timm's script that this program does not have, by destination, with timm's defaults.
     """
 
-    def __init__(self, name: str, unsupported: Dict[str, Any], **kwargs) -> None:
+    def __init__(self, name: str, unsupported: dict[str, Any], **kwargs) -> None:
         super().__init__(prog=f'vitlinear {name}', allow_abbrev=False, **kwargs)
         self.name = name
         self.unsupported = unsupported
@@ -116,7 +117,7 @@ class Parser(argparse.ArgumentParser):
             f"script for it: python -m vitlinear run {self.name}.py ..."
         )
 
-    def parse(self, argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+    def parse(self, argv: Sequence[str] | None = None) -> argparse.Namespace:
         """Parse the command line on top of the `--config` file, if one is given; positional DIR becomes data_dir."""
         argv = list(sys.argv[1:] if argv is None else argv)
         if any(action.dest == 'config' for action in self._actions):
@@ -143,7 +144,7 @@ class Parser(argparse.ArgumentParser):
             args.data_dir = args.data_dir or args.data
         return args
 
-    def load_config(self, path: Path) -> Dict[str, Any]:
+    def load_config(self, path: Path) -> dict[str, Any]:
         """Read a YAML of timm's train.py and check every key and value against the parser."""
         try:
             config = yaml.safe_load(path.read_text())
@@ -265,7 +266,7 @@ def check_device(name: str) -> None:
         raise UsageError('--device mps: no such GPU here; use --device cpu')
 
 
-def autocast_for(args: argparse.Namespace, device: torch.device) -> Callable[[], ContextManager]:
+def autocast_for(args: argparse.Namespace, device: torch.device) -> Callable[[], AbstractContextManager]:
     if not args.amp:
         return nullcontext
     return partial(torch.autocast, device_type=device.type, dtype=getattr(torch, args.amp_dtype))
@@ -303,7 +304,7 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bo
         load_checkpoint(model, path, use_ema)
         return
 
-    def filter_fn(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> Dict[str, torch.Tensor]:
+    def filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
         own = model.state_dict()
         state_dict = backbone.checkpoint_filter_fn(state_dict, model)
         kept = [k for k, v in state_dict.items() if k in own and v.data_ptr() == own[k].data_ptr()]
@@ -314,7 +315,7 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bo
     load_checkpoint(model, path, use_ema, filter_fn=filter_fn)
 
 
-def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> Dict[str, Any]:
+def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> dict[str, Any]:
     channels = args.input_size[0] if args.input_size else args.in_chans or getattr(model, 'in_chans', 3)
     for name in ('mean', 'std'):
         if len(getattr(args, name) or [0]) not in (1, channels):
@@ -325,7 +326,7 @@ def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: b
     return config
 
 
-def check_forward(model: nn.Module, input_size: Tuple[int, int, int], device: torch.device, autocast: Callable) -> None:
+def check_forward(model: nn.Module, input_size: tuple[int, int, int], device: torch.device, autocast: Callable) -> None:
     """Send one blank image through the model, so that a wrong size is an answer and not a traceback mid-epoch."""
     training = model.training
     model.eval()
@@ -341,7 +342,7 @@ def evaluate(
         loader: Iterable,
         args: argparse.Namespace,
         device: torch.device,
-        autocast: Callable[[], ContextManager],
+        autocast: Callable[[], AbstractContextManager],
         progress: 'Progress',
         distributed: bool = False,
 ) -> 'OrderedDict[str, float]':

@@ -7,8 +7,8 @@ The card states what the record knows and leaves out the rest: an accuracy that 
 """
 import re
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Optional, Sequence, Union
 
 import timm
 import torch
@@ -91,7 +91,7 @@ def _code(language: str, text: str) -> str:
     return f'```{language}\n{text.strip()}\n```'
 
 
-def model_name(record: Record, repo_id: Optional[str] = None) -> str:
+def model_name(record: Record, repo_id: str | None = None) -> str:
     """The name by which timm.create_model finds the weights.
 
     Args:
@@ -155,7 +155,7 @@ def _summary(record: Record, family: Family) -> str:
         f'parameters and linear attention. Trained{data} by {record.provenance.trained_by}.')
 
 
-def _details(record: Record, family: Family) -> List[str]:
+def _details(record: Record, family: Family) -> list[str]:
     cfg, dataset, top1 = record.cfg, record.dataset, measured(record)
     origin = timm.get_pretrained_cfg(record.architecture).origin_url
     lines = [
@@ -195,7 +195,7 @@ def _details(record: Record, family: Family) -> List[str]:
     return [_fill(line, '- ') for line in lines]
 
 
-def _training(record: Record) -> List[str]:
+def _training(record: Record) -> list[str]:
     facts = record.training
     if facts is None:
         return ['How these weights were trained is not recorded here.']
@@ -227,7 +227,7 @@ def _training(record: Record) -> List[str]:
     return blocks
 
 
-def _evaluation(record: Record) -> List[str]:
+def _evaluation(record: Record) -> list[str]:
     blocks = []
     for metric in record.metrics:
         split = f'{metric.split} split' if metric.unit == '%' else metric.split
@@ -239,7 +239,7 @@ def _evaluation(record: Record) -> List[str]:
     return ['\n'.join(blocks), *([_code('sh', '\n'.join(commands))] if commands else [])]
 
 
-def render_card(record: Record, repo_id: Optional[str] = None) -> str:
+def render_card(record: Record, repo_id: str | None = None) -> str:
     """The card of a checkpoint, in Markdown with the Hub's front matter.
 
     Args:
@@ -303,7 +303,7 @@ def render_card(record: Record, repo_id: Optional[str] = None) -> str:
     return '\n\n'.join(block for block in blocks if block) + '\n'
 
 
-def write_card(folder: Union[str, Path], record: Optional[Record] = None, repo_id: Optional[str] = None) -> Path:
+def write_card(folder: str | Path, record: Record | None = None, repo_id: str | None = None) -> Path:
     """Write the card of a checkpoint's folder, whole or not at all.
 
     Args:
@@ -331,7 +331,7 @@ def _read(folder: Path) -> Record:
     return record
 
 
-def _main(argv: Optional[Sequence[str]] = None) -> None:
+def _main(argv: Sequence[str] | None = None) -> None:
     parser = Parser('card', {}, description='Write cards of checkpoints from their records.')
     parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='folder that holds record.json')
     parser.add_argument('--check', action='store_true', help='write nothing, fail if a card is out of date')
@@ -355,5 +355,5 @@ def _main(argv: Optional[Sequence[str]] = None) -> None:
         raise RunError(f'out of date: {", ".join(stale)}; "vitlinear card FOLDER" writes them anew')
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return run_script('card', lambda: _main(argv))

@@ -2,7 +2,6 @@
 import sys
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
-from typing import List, Optional
 
 COMMANDS = {
     'train': ('vitlinear.tools.train', 'train or fine-tune a classifier'),
@@ -37,7 +36,7 @@ def package_version() -> str:
         return __version__
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
         print(usage(), file=sys.stdout if argv else sys.stderr)

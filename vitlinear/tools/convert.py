@@ -11,9 +11,10 @@ images are to be prepared is taken from a training checkpoint, else from the cfg
 import argparse
 import logging
 import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -24,14 +25,14 @@ from torch import nn
 import vitlinear
 from vitlinear.models import backbone_of, is_ours
 
+from ..models._castling import SCHEDULE_ARGUMENTS
+from ..models._timm import read_weights
+from ..zoo._flax import is_flax
+from ..zoo.hub import sha256
 from . import _script
 from ._script import UsageError, suggest, usage_errors
-from ..models._timm import read_weights
-from .info import architectures
-from ..models._castling import SCHEDULE_ARGUMENTS
-from ..zoo._flax import is_flax
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
-from ..zoo.hub import sha256
+from .info import architectures
 
 __all__ = ['convert', 'variant_of']
 
@@ -39,13 +40,13 @@ _HEAD_BIAS = re.compile(r'(?:^|[./])(?:head|head\.fc|head\.linear|head_logits|cl
 _FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs', 'gp')
 
 
-def _is_of_host(state_dict: Dict[str, torch.Tensor], model: nn.Module) -> bool:
+def _is_of_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> bool:
     """Whether the family's filter takes weights for those of a backbone that they are to be trained further from."""
     is_of_host = backbone_of(model.pretrained_cfg['architecture']).is_of_host
     return is_of_host is not None and is_of_host(state_dict, model)
 
 
-def _fits(state_dict: Dict[str, torch.Tensor], architecture: str, kwargs: Dict[str, Any]) -> Optional[str]:
+def _fits(state_dict: dict[str, torch.Tensor], architecture: str, kwargs: dict[str, Any]) -> str | None:
     """None if the weights are of that architecture, else why they are not."""
     with _no_warnings():
         model = timm.create_model(architecture, device='meta', **kwargs)
@@ -68,7 +69,7 @@ def _no_warnings() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def variant_of(state_dict: Dict[str, torch.Tensor], architecture: str) -> Optional[str]:
+def variant_of(state_dict: dict[str, torch.Tensor], architecture: str) -> str | None:
     """Which architecture of a family weights belong to, None if it is none of them.
 
     Args:
@@ -81,7 +82,7 @@ def variant_of(state_dict: Dict[str, torch.Tensor], architecture: str) -> Option
     return found or next((name for name in names if _fits(state_dict, name, {}) is None), None)
 
 
-def _inferred(state_dict: Dict[str, torch.Tensor], architecture: str) -> Optional[str]:
+def _inferred(state_dict: dict[str, torch.Tensor], architecture: str) -> str | None:
     """What a family's own `infer_variant` says: its filter may resize what tells variants apart."""
     infer = backbone_of(architecture).infer_variant
     try:
@@ -90,7 +91,7 @@ def _inferred(state_dict: Dict[str, torch.Tensor], architecture: str) -> Optiona
         return None
 
 
-def _run_arguments(path: Path) -> Dict[str, Any]:
+def _run_arguments(path: Path) -> dict[str, Any]:
     """What a training checkpoint of `vitlinear train` or timm's train.py says about itself; empty for other files."""
     if path.name.endswith('.safetensors') or is_flax(path):
         return {}
@@ -108,13 +109,13 @@ def _run_arguments(path: Path) -> Dict[str, Any]:
     return out
 
 
-def _classes(state_dict: Dict[str, torch.Tensor]) -> Optional[int]:
+def _classes(state_dict: dict[str, torch.Tensor]) -> int | None:
     """Number of classes of weights, 0 if they have no head."""
     found = {v.numel() for k, v in state_dict.items() if v.ndim == 1 and _HEAD_BIAS.search(k)}
     return found.pop() if len(found) == 1 else None if found else 0
 
 
-def _load(path: Path, architecture: str, kwargs: Dict[str, Any], state_dict: Dict[str, torch.Tensor]) -> nn.Module:
+def _load(path: Path, architecture: str, kwargs: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> nn.Module:
     """A model with exactly these weights: nothing missing, nothing left over, no head replaced."""
     other = _inferred(state_dict, architecture)
     reason = None
@@ -164,10 +165,10 @@ def convert(
         path: Path,
         model: str,
         folder: Path,
-        tag: Optional[str] = None,
-        use_ema: Optional[bool] = None,
-        labels: Optional[Sequence[str]] = None,
-        facts: Optional[Dict[str, Any]] = None,
+        tag: str | None = None,
+        use_ema: bool | None = None,
+        labels: Sequence[str] | None = None,
+        facts: dict[str, Any] | None = None,
         **settings: Any,
 ) -> Any:
     """Write a checkpoint as a folder for the Hub.
@@ -249,7 +250,7 @@ def convert(
     return export_model(made, folder, tag, cfg, merged(found, facts or {}))
 
 
-def _main(argv: Optional[Sequence[str]]) -> None:
+def _main(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('convert', {}, description='Write a checkpoint of any kind as a folder for the Hub.')
     parser.add_argument('file', type=Path, metavar='FILE', help='checkpoint: .pth, .safetensors, msgpack of Flax')
     parser.add_argument('--model', required=True, metavar='NAME', help='architecture, or architecture.tag')
@@ -269,5 +270,5 @@ def _main(argv: Optional[Sequence[str]]) -> None:
         interpolation=args.interpolation, model_kwargs=args.model_kwargs))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('convert', lambda: _main(argv))

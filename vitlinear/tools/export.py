@@ -12,9 +12,10 @@ import argparse
 import csv
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Sequence
+from typing import Any
 
 import timm
 import torch
@@ -23,16 +24,16 @@ from timm.models import save_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models
+import vitlinear
 
+from ..models._castling import SCHEDULE_ARGUMENTS
+from ..models._timm import read_weights
+from ..zoo.hub import sha256
+from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Cfg, Dataset, Record, record_from_dict, write_record
 from . import _script
 from ._folders import check_target, count_macs, folder_problems, new_folder
 from ._script import UsageError, usage_errors
-from ..models._timm import read_weights
 from .cards import write_card
-from ..models._castling import SCHEDULE_ARGUMENTS
-from ..zoo.hub import sha256
-from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Cfg, Dataset, Record, record_from_dict, write_record
 
 __all__ = ['export_model', 'export_run']
 
@@ -50,7 +51,7 @@ DATASETS = {
 _LABELS = {'torch/fashion_mnist': 'FashionMNIST', 'torch/mnist': 'MNIST', 'torch/kmnist': 'KMNIST'}
 
 
-def labels_of(dataset: str) -> Optional[List[str]]:
+def labels_of(dataset: str) -> list[str] | None:
     """Names of the classes of those datasets whose names torchvision knows without the data."""
     if dataset.lower() not in _LABELS:
         return None
@@ -58,7 +59,7 @@ def labels_of(dataset: str) -> Optional[List[str]]:
     return [str(name) for name in getattr(datasets, _LABELS[dataset.lower()]).classes]
 
 
-def split_name(folder: Path, architecture: str, tag: Optional[str], default: Optional[str] = None) -> str:
+def split_name(folder: Path, architecture: str, tag: str | None, default: str | None = None) -> str:
     """The tag of a checkpoint: the one given, else that in the name of its folder."""
     of, _, named = folder.resolve().name.partition('.')
     tag = tag or (named if of == architecture else '') or default
@@ -69,7 +70,7 @@ def split_name(folder: Path, architecture: str, tag: Optional[str], default: Opt
     return tag
 
 
-def read_facts(path: Optional[Path]) -> Dict[str, Any]:
+def read_facts(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
     with usage_errors(f'--facts {path}'):
@@ -79,7 +80,7 @@ def read_facts(path: Optional[Path]) -> Dict[str, Any]:
     return facts
 
 
-def merged(base: Dict[str, Any], facts: Dict[str, Any]) -> Dict[str, Any]:
+def merged(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
     """`base` with what `facts` says in its place, object by object."""
     out = dict(base)
     for k, v in facts.items():
@@ -92,7 +93,7 @@ def export_model(
         folder: Path,
         tag: str,
         cfg: Cfg,
-        facts: Dict[str, Any],
+        facts: dict[str, Any],
         files: Sequence[Path] = (),
 ) -> Record:
     """Write a model as a folder that timm and transformers load, with its record and card, whole or not at all.
@@ -147,7 +148,7 @@ def export_model(
     return record_from_dict(data, folder)
 
 
-def _slim_config(path: Path, architecture: str) -> Dict[str, Any]:
+def _slim_config(path: Path, architecture: str) -> dict[str, Any]:
     """Leave out of config.json what is told twice; returns the arguments that remain."""
     config = json.loads(path.read_text(encoding='utf-8'))
     arguments = config.pop('model_args', {})
@@ -163,7 +164,7 @@ def _slim_config(path: Path, architecture: str) -> Dict[str, Any]:
     return arguments
 
 
-def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Optional[Sequence[str]]) -> Cfg:
+def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Sequence[str] | None) -> Cfg:
     """Input and classes of a model that was trained with these arguments."""
     config = _script.data_config_for(model, args)
     channels = config['input_size'][0]
@@ -188,7 +189,7 @@ def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Optional[Sequen
     )
 
 
-def run_model(args: argparse.Namespace, state_dict: Dict[str, torch.Tensor], path: Path) -> nn.Module:
+def run_model(args: argparse.Namespace, state_dict: dict[str, torch.Tensor], path: Path) -> nn.Module:
     """The model of a training run, with these weights, as it is after the training."""
     kwargs = {k: v for k, v in args.model_kwargs.items() if k not in SCHEDULE_ARGUMENTS}
     model = _script.create_model(argparse.Namespace(**{**vars(args), 'model_kwargs': kwargs}))
@@ -199,7 +200,7 @@ def run_model(args: argparse.Namespace, state_dict: Dict[str, torch.Tensor], pat
     return model
 
 
-def _metric(run: Dict[str, Any], summary: Path, epoch: int) -> List[Dict[str, Any]]:
+def _metric(run: dict[str, Any], summary: Path, epoch: int) -> list[dict[str, Any]]:
     """The accuracy that the run itself measured for the weights after an epoch, which it saved in `summary`."""
     if not summary.is_file():
         return []
@@ -221,11 +222,11 @@ def _metric(run: Dict[str, Any], summary: Path, epoch: int) -> List[Dict[str, An
 def export_run(
         run: Path,
         folder: Path,
-        tag: Optional[str] = None,
+        tag: str | None = None,
         best: bool = False,
-        use_ema: Optional[bool] = None,
-        labels: Optional[Sequence[str]] = None,
-        facts: Optional[Dict[str, Any]] = None,
+        use_ema: bool | None = None,
+        labels: Sequence[str] | None = None,
+        facts: dict[str, Any] | None = None,
 ) -> Record:
     """Write the checkpoint of a run of `vitlinear train` as a folder for the Hub.
 
@@ -302,7 +303,7 @@ def report(record: Record) -> None:
         f'classes, sha256 {record.sha256}')
 
 
-def _main(argv: Optional[Sequence[str]]) -> None:
+def _main(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('export', {}, description='Write a training run as a folder for the Hub.')
     parser.add_argument('run', type=Path, metavar='RUN_DIR', help='output folder of vitlinear train')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write, named ARCHITECTURE.TAG')
@@ -312,5 +313,5 @@ def _main(argv: Optional[Sequence[str]]) -> None:
     report(export_run(args.run, args.folder, args.tag, args.best, args.ema, args.labels, read_facts(args.facts)))
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('export', lambda: _main(argv))

@@ -10,17 +10,18 @@ import os
 import re
 import sys
 import textwrap
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from functools import cache
 from itertools import groupby
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Tuple
+from typing import Any, NamedTuple
 
 import timm
 
 from vitlinear.models import backbone_of, is_ours
-from vitlinear.tools._script import Parser, UsageError, run_script, suggest
 from vitlinear.tools._folders import count_macs
+from vitlinear.tools._script import Parser, UsageError, run_script, suggest
 from vitlinear.zoo.families import Family
 from vitlinear.zoo.hub import hub_org
 from vitlinear.zoo.records import Record, find_record, records
@@ -53,27 +54,27 @@ class Model:
     """
     name: str
     architecture: str
-    tag: Optional[str]
+    tag: str | None
     family: str
     parameters: int
-    macs: Optional[int]
+    macs: int | None
     num_classes: int
-    input_size: Tuple[int, ...]
+    input_size: tuple[int, ...]
     fixed_input_size: bool
     crop_pct: float
     interpolation: str
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
-    accuracy: Optional[Accuracy]
-    weights: Optional[Weights]
-    license: Optional[str]
-    origin: Optional[str]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    accuracy: Accuracy | None
+    weights: Weights | None
+    license: str | None
+    origin: str | None
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         return {k: v._asdict() if isinstance(v, (Accuracy, Weights)) else v for k, v in vars(self).items()}
 
 
-def architectures() -> List[str]:
+def architectures() -> list[str]:
     """Names of our architectures, as timm lists them."""
     return [name for name in timm.list_models() if is_ours(name)]
 
@@ -83,26 +84,26 @@ def family_of(architecture: str) -> Family:
     return backbone_of(architecture).family
 
 
-@lru_cache(maxsize=None)
-def noted() -> Dict[str, Dict[str, Any]]:
+@cache
+def noted() -> dict[str, dict[str, Any]]:
     """Contents of architectures.json."""
     return json.loads(ARCHITECTURES.read_text(encoding='utf-8'))
 
 
-@lru_cache(maxsize=None)
-def count(name: str) -> Tuple[int, int]:
+@cache
+def count(name: str) -> tuple[int, int]:
     """Parameters of a model, and multiply-accumulates for one image of its default size, by running it on 'meta'."""
     model = timm.create_model(name, device='meta')
     return sum(p.numel() for p in model.parameters()), count_macs(model, model.pretrained_cfg['input_size'])
 
 
-def published(architecture: str) -> Optional[Accuracy]:
+def published(architecture: str) -> Accuracy | None:
     """Top-1 accuracy that the paper or its authors state for an architecture."""
     said = noted().get(architecture, {}).get('published')
     return Accuracy(said['top1'], said['dataset'], said['source'], said['url']) if said else None
 
 
-def measured(record: Record) -> Optional[Accuracy]:
+def measured(record: Record) -> Accuracy | None:
     """Top-1 accuracy of a checkpoint by its record."""
     top1 = next((m for m in record.metrics if m.name == 'top-1'), None)
     if top1 is None:
@@ -113,7 +114,7 @@ def measured(record: Record) -> Optional[Accuracy]:
     return Accuracy(top1.value, record.dataset.name if record.dataset else 'unknown data', 'ours', detail)
 
 
-def _weights(name: str) -> Optional[Weights]:
+def _weights(name: str) -> Weights | None:
     cfg, org = timm.get_pretrained_cfg(name), hub_org()
     if org and find_record(name):
         return Weights('hub', f'{org}/{name}')
@@ -170,10 +171,10 @@ def find_model(name: str) -> Model:
     )
 
 
-def all_models() -> List[Model]:
+def all_models() -> list[Model]:
     """Every architecture, followed by its tags that have weights or a record; by family, the small before the large."""
     known = records()
-    families: Dict[str, List[List[Model]]] = {}
+    families: dict[str, list[list[Model]]] = {}
     for architecture in architectures():
         tagged = timm.list_models(f'{architecture}.*', include_tags=True)
         kept = [name for name in tagged if name in known or _weights(name)]
@@ -183,7 +184,7 @@ def all_models() -> List[Model]:
     return [model for groups in ordered for group in groups for model in group]
 
 
-def short(number: Optional[float]) -> str:
+def short(number: float | None) -> str:
     """A count in three digits or so: 1.18 M, 5.51 G."""
     if number is None:
         return '-'
@@ -240,7 +241,7 @@ _LEGEND = (
     'not measured here. "vitlinear info NAME" says more.')
 
 
-def _list(argv: Optional[Sequence[str]] = None) -> None:
+def _list(argv: Sequence[str] | None = None) -> None:
     parser = Parser('list', {}, description='List the models and the weights there are for them.')
     parser.add_argument('pattern', nargs='?', metavar='PATTERN', help="part of the name, or a pattern such as '*_tiny'")
     parser.add_argument('--family', metavar='NAME', help='only the models of one family, such as vvt')
@@ -267,7 +268,7 @@ def _list(argv: Optional[Sequence[str]] = None) -> None:
         _say('No such model has weights.' if args.pretrained else 'No such model.')
 
 
-def _facts(model: Model) -> List[Tuple[str, str]]:
+def _facts(model: Model) -> list[tuple[str, str]]:
     family, record = family_of(model.architecture), find_record(model.name)
     facts = [
         ('family', f'{family.name}, {family.title}'),
@@ -306,7 +307,7 @@ def _facts(model: Model) -> List[Tuple[str, str]]:
     return [(label, text) for label, text in facts if text]
 
 
-def _info(argv: Optional[Sequence[str]] = None) -> None:
+def _info(argv: Sequence[str] | None = None) -> None:
     parser = Parser('info', {}, description='Say what is known about one model.')
     parser.add_argument('name', metavar='NAME', help='architecture, or architecture.tag')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -332,9 +333,9 @@ def _info(argv: Optional[Sequence[str]] = None) -> None:
     _say('\n'.join(lines))
 
 
-def main_list(argv: Optional[Sequence[str]] = None) -> int:
+def main_list(argv: Sequence[str] | None = None) -> int:
     return run_script('list', lambda: _list(argv))
 
 
-def main_info(argv: Optional[Sequence[str]] = None) -> int:
+def main_info(argv: Sequence[str] | None = None) -> int:
     return run_script('info', lambda: _info(argv))

@@ -10,26 +10,44 @@ import hashlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple
 
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
 
-import vitlinear  # noqa: F401  registers the models
+import vitlinear
 
-from . import _script
-from ._script import RunError, UsageError, suggest
-from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
-from .cards import render_card, write_card
 from ..zoo.hub import (
-    HubError, IntegrityError, cache_digest, check_file, download, hub_errors, hub_org, sha256, weights_repo)
+    HubError,
+    IntegrityError,
+    cache_digest,
+    check_file,
+    download,
+    hub_errors,
+    hub_org,
+    sha256,
+    weights_repo,
+)
 from ..zoo.records import (
-    RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, find_record, read_record, record_text, records,
+    RECORD_NAME,
+    REPO_ID,
+    WEIGHTS_NAME,
+    Hub,
+    Record,
+    find_record,
+    read_record,
+    record_text,
+    records,
     write_record,
 )
+from . import _script
+from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
+from ._script import RunError, UsageError, suggest
+from .cards import render_card, write_card
 
 __all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
 
@@ -37,18 +55,18 @@ __all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
 class Upload(NamedTuple):
     """A file as it would stand on the Hub."""
     name: str
-    content: Union[bytes, Path]
+    content: bytes | Path
     size: int
     sha256: str
     blob: str  # git's name of the content
 
     @classmethod
-    def of(cls, name: str, content: Union[bytes, Path]) -> 'Upload':
+    def of(cls, name: str, content: bytes | Path) -> 'Upload':
         data = content if isinstance(content, bytes) else content.read_bytes()
         blob = hashlib.sha1(b'blob %d\0' % len(data) + data).hexdigest()
         return cls(name, content, len(data), hashlib.sha256(data).hexdigest(), blob)
 
-    def state(self, there: Optional[Dict[str, Any]]) -> str:
+    def state(self, there: dict[str, Any] | None) -> str:
         """'new', 'changed' or 'unchanged' against the files of a repository."""
         if there is None or self.name not in there:
             return 'new'
@@ -62,9 +80,9 @@ def _check_repo_id(repo_id: str) -> None:
         raise UsageError(f"{repo_id} is no name of a repository on the Hub, which looks like org/name")
 
 
-def _uploads(folder: Path, record: Record, repo_id: str) -> Tuple[List[Upload], bool]:
+def _uploads(folder: Path, record: Record, repo_id: str) -> tuple[list[Upload], bool]:
     """The files to be sent, and whether the card among them is the one that its record makes."""
-    files: Dict[str, Union[bytes, Path]] = dict(folder_files(folder))
+    files: dict[str, bytes | Path] = dict(folder_files(folder))
     # the commit that a record stands in cannot be told in it
     files[RECORD_NAME] = record_text(replace(record, hub=Hub(repo_id))).encode()
     generated = (folder / CARD_NAME).read_text(encoding='utf-8') == render_card(record)
@@ -74,12 +92,12 @@ def _uploads(folder: Path, record: Record, repo_id: str) -> Tuple[List[Upload], 
 
 
 def push(
-        folder: Union[str, Path],
+        folder: str | Path,
         repo_id: str,
         private: bool = False,
-        revision: Optional[str] = None,
+        revision: str | None = None,
         dry_run: bool = False,
-) -> Optional[str]:
+) -> str | None:
     """Send the folder of a checkpoint to the Hub: what is new or changed there, and nothing else.
 
     Afterwards the record in the folder names the repository and the commit.
@@ -153,7 +171,7 @@ def push(
     return commit
 
 
-def _info(api: hf.HfApi, repo_id: str, revision: Optional[str]) -> Optional[Any]:
+def _info(api: hf.HfApi, repo_id: str, revision: str | None) -> Any | None:
     try:
         return api.model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
     except hf_errors.GatedRepoError:
@@ -163,7 +181,7 @@ def _info(api: hf.HfApi, repo_id: str, revision: Optional[str]) -> Optional[Any]
 
 
 @contextmanager
-def _fetched(repo_id: str, revision: Optional[str]) -> Iterator[Tuple[str, Dict[str, Path]]]:
+def _fetched(repo_id: str, revision: str | None) -> Iterator[tuple[str, dict[str, Path]]]:
     """The commit of a repository and its files, downloaded and each compared with the hash that the Hub gives."""
     with hub_errors(f"'{repo_id}' cannot be had", repo_id, revision):
         info = hf.HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10)
@@ -189,7 +207,7 @@ def _fetched(repo_id: str, revision: Optional[str]) -> Iterator[Tuple[str, Dict[
     yield info.sha, files
 
 
-def pull(repo_id: str, folder: Union[str, Path], revision: Optional[str] = None) -> Path:
+def pull(repo_id: str, folder: str | Path, revision: str | None = None) -> Path:
     """Download the folder of a checkpoint, check it, and put it in place whole.
 
     Args:
@@ -219,7 +237,7 @@ def pull(repo_id: str, folder: Union[str, Path], revision: Optional[str] = None)
     return folder
 
 
-def repo_problems(repo_id: str, revision: Optional[str] = None, record: Optional[Record] = None) -> List[str]:
+def repo_problems(repo_id: str, revision: str | None = None, record: Record | None = None) -> list[str]:
     """What is wrong with a repository: as for folders; and that its weights are not those of `record`, if given."""
     with _fetched(repo_id, revision) as (_, files), tempfile.TemporaryDirectory() as work:
         folder = Path(work) / repo_id.rpartition('/')[2]
@@ -235,7 +253,7 @@ def repo_problems(repo_id: str, revision: Optional[str] = None, record: Optional
         return problems
 
 
-def _push(argv: Optional[Sequence[str]]) -> None:
+def _push(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('push', {}, description='Send the folder of a checkpoint to the Hub.')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder with weights, config, record and card')
     parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub, made if there is none')
@@ -247,7 +265,7 @@ def _push(argv: Optional[Sequence[str]]) -> None:
         push(args.folder, args.repo, args.private, args.revision, args.dry_run)
 
 
-def _pull(argv: Optional[Sequence[str]]) -> None:
+def _pull(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('pull', {}, description='Download the folder of a checkpoint from the Hub and check it.')
     parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write')
@@ -257,7 +275,7 @@ def _pull(argv: Optional[Sequence[str]]) -> None:
         pull(args.repo, args.folder, args.revision)
 
 
-def _verify(argv: Optional[Sequence[str]]) -> None:
+def _verify(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('verify', {}, description='Check the weights of a folder, a repository or a tag.')
     parser.add_argument(
         'what', metavar='WHAT', help='folder, org/name or org/name@revision on the Hub, or architecture.tag')
@@ -303,13 +321,13 @@ def _run_errors() -> Iterator[None]:
         raise RunError(f'{type(e).__name__}: {reason}') from e
 
 
-def main_push(argv: Optional[Sequence[str]] = None) -> int:
+def main_push(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('push', lambda: _push(argv))
 
 
-def main_pull(argv: Optional[Sequence[str]] = None) -> int:
+def main_pull(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('pull', lambda: _pull(argv))
 
 
-def main_verify(argv: Optional[Sequence[str]] = None) -> int:
+def main_verify(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('verify', lambda: _verify(argv))

@@ -14,16 +14,17 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from copy import deepcopy
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Mapping, Optional, Sequence
+from typing import Any
 
 import torch
 from timm import utils
 from timm.data import create_loader, create_transform
 from torch import nn
 
-import vitlinear  # noqa: F401  registers the models
+import vitlinear
 
 from . import _datasets, _script
 from ._script import Progress, UsageError, positive_int, usage_errors
@@ -92,7 +93,7 @@ def export_onnx(model: nn.Module, input_size: Sequence[int], path: Path) -> None
     program.save(str(path))
 
 
-def nodes_to_quantize(graph: Any) -> List[str]:
+def nodes_to_quantize(graph: Any) -> list[str]:
     """Names of the nodes of an ONNX graph that are evaluated in integers.
 
     These are products with constant matrices and convolutions over all channels: where the arithmetic is. Float stay
@@ -138,7 +139,7 @@ def quantize_onnx(source: Path, path: Path, images: Sequence[torch.Tensor], redu
     class Reader(quantization.CalibrationDataReader):
         batches = iter(images)
 
-        def get_next(self) -> Optional[Mapping[str, Any]]:
+        def get_next(self) -> Mapping[str, Any] | None:
             batch = next(self.batches, None)
             return None if batch is None else {INPUT: batch.numpy()}
 
@@ -155,9 +156,9 @@ def quantize_onnx(source: Path, path: Path, images: Sequence[torch.Tensor], redu
     return Counter(node.op_type for node in graph.node if node.name in set(names))
 
 
-def time_passes(models: Mapping[str, Callable[[], Any]], rounds: int) -> Dict[str, float]:
+def time_passes(models: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
     """Median milliseconds of each, taken in turns, after two passes that do not count."""
-    times: Dict[str, List[float]] = {name: [] for name in models}
+    times: dict[str, list[float]] = {name: [] for name in models}
     with torch.inference_mode():
         for _ in range(rounds + 2):
             for name, model in models.items():
@@ -173,7 +174,7 @@ def calibration_batches(
         images: int,
         batch_size: int,
         seed: int,
-) -> List[torch.Tensor]:
+) -> list[torch.Tensor]:
     """Images of a dataset, taken at random and prepared as for evaluation."""
     names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
     dataset.transform = create_transform(**{name: config[name] for name in names}, is_training=False)
@@ -191,7 +192,7 @@ def check_libraries() -> None:
         raise UsageError(f"quantize needs {e.name or 'onnx and onnxruntime'}: pip install 'vitlinear[export]'") from e
 
 
-def quantize(args: argparse.Namespace) -> Dict[str, Any]:
+def quantize(args: argparse.Namespace) -> dict[str, Any]:
     """Quantise one model.
 
     Returns:
@@ -278,7 +279,7 @@ def quantize(args: argparse.Namespace) -> Dict[str, Any]:
     return results
 
 
-def versions() -> Dict[str, str]:
+def versions() -> dict[str, str]:
     import onnxruntime
     import timm
     return dict(
@@ -295,7 +296,7 @@ def report(results: Mapping[str, Any]) -> None:
     print(f'top-1 of {results["images"]} images: {top1}', flush=True)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('quantize', lambda: quantize(build_parser().parse(argv)))
 
 

@@ -8,12 +8,11 @@ timm's scripts are not part of its wheel; they come with a clone of its reposito
 import os
 import runpy
 import sys
-from typing import List, Optional
 
 _USAGE = 'usage: python -m vitlinear run SCRIPT [ARGS ...]\n\nRun SCRIPT with the models of vitlinear known to timm.'
 
 
-def main(argv: Optional[List[str]] = None) -> int:
+def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
         print(_USAGE, file=sys.stdout if argv else sys.stderr)

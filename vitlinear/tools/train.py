@@ -15,9 +15,10 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from contextlib import nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from typing import Any, Callable, ContextManager, Dict, Optional, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,8 +34,8 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 
 import vitlinear  # noqa: F401  registers the models
 
-from . import _script
 from ..models import CastlingSchedule
+from . import _script
 from ._script import Progress, RunError, UsageError, clock, usage_errors
 from ._train_args import build_parser
 from ._train_data import make_loaders
@@ -58,7 +59,7 @@ class Saver(utils.CheckpointSaver):
         if os.path.exists(new):  # renaming a hard link over another one of the same file does nothing
             os.unlink(new)
 
-    def resume(self, path: str, state: Optional[Dict[str, Any]]) -> None:
+    def resume(self, path: str, state: dict[str, Any] | None) -> None:
         """Take up the history that came with the checkpoint `path`, if that lies in the folder of this saver."""
         if state is None or os.path.realpath(os.path.dirname(path)) != os.path.realpath(self.checkpoint_dir):
             return
@@ -127,7 +128,7 @@ def set_lr(args: argparse.Namespace) -> None:
     args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
 
 
-def read_resume(args: argparse.Namespace) -> Dict[str, Any]:
+def read_resume(args: argparse.Namespace) -> dict[str, Any]:
     """Everything but the tensors of the --resume file, or what is wrong with it."""
     if not os.path.isfile(args.resume):
         raise UsageError(f'--resume {args.resume}: no such file')
@@ -175,13 +176,13 @@ def train_one_epoch(
         optimizer: torch.optim.Optimizer,
         args: argparse.Namespace,
         device: torch.device,
-        autocast: Callable[[], ContextManager],
-        scaler: Optional[utils.NativeScaler],
+        autocast: Callable[[], AbstractContextManager],
+        scaler: utils.NativeScaler | None,
         scheduler: Any,
-        mixup_fn: Optional[Callable],
+        mixup_fn: Callable | None,
         progress: Progress,
         time_left: Callable[[int], str],
-        castling: Optional[CastlingSchedule] = None,
+        castling: CastlingSchedule | None = None,
 ) -> 'OrderedDict[str, float]':
     task.get_trainable_module().train()
     accum = args.grad_accum_steps
@@ -415,7 +416,7 @@ def train(args: argparse.Namespace) -> None:
         dist.destroy_process_group()
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('train', lambda: train(build_parser().parse(argv)))
 
 

@@ -13,7 +13,8 @@ import os
 import sys
 import time
 from collections import OrderedDict
-from typing import Any, Dict, Optional, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from timm import utils
@@ -60,7 +61,7 @@ def build_parser() -> _script.Parser:
     return parser
 
 
-def write_results(results: Dict[str, Any], path: str, format: str) -> None:
+def write_results(results: dict[str, Any], path: str, format: str) -> None:
     with usage_errors(f'--results-file {path}'), open(path, 'w', newline='') as f:
         if format == 'json':
             json.dump(results, f, indent=4)
@@ -70,7 +71,7 @@ def write_results(results: Dict[str, Any], path: str, format: str) -> None:
             writer.writerow(results)
 
 
-def validate(args: argparse.Namespace) -> Dict[str, Any]:
+def validate(args: argparse.Namespace) -> dict[str, Any]:
     """Evaluate one model.
 
     Returns:
@@ -136,7 +137,7 @@ def validate(args: argparse.Namespace) -> Dict[str, Any]:
     return results
 
 
-def main(argv: Optional[Sequence[str]] = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     return _script.run_script('validate', lambda: validate(build_parser().parse(argv)))
 
 

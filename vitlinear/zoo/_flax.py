@@ -1,7 +1,7 @@
 """Reading the msgpack files of Flax, without Flax: plain data is decoded, and nothing in the file is run."""
 import math
 import os
-from typing import Any, Dict, List, Union
+from typing import Any
 
 import torch
 
@@ -57,11 +57,11 @@ def _no_extension(code: int, data: bytes) -> Any:
     raise ValueError(f'extension {code} inside an array')
 
 
-def _extension(code: int, data: bytes) -> Union[_Array, _Unsupported]:
+def _extension(code: int, data: bytes) -> _Array | _Unsupported:
     return _Array(data) if code in (_NDARRAY, _SCALAR) else _Unsupported(code)
 
 
-def _items(value: Any) -> List[Any]:
+def _items(value: Any) -> list[Any]:
     """The items of a sequence, which Flax writes as a map of '0', '1', ..."""
     if isinstance(value, dict):
         if set(value) != {str(i) for i in range(len(value))}:
@@ -72,7 +72,7 @@ def _items(value: Any) -> List[Any]:
     return value
 
 
-def _joined(value: Dict[str, Any], where: str) -> torch.Tensor:
+def _joined(value: dict[str, Any], where: str) -> torch.Tensor:
     """An array of more than 1 GiB, which Flax writes in pieces."""
     try:
         shape, chunks = _items(value.get('shape')), _items(value.get('chunks'))
@@ -88,7 +88,7 @@ def _joined(value: Dict[str, Any], where: str) -> torch.Tensor:
     return joined.reshape(shape)
 
 
-def _flatten(tree: Dict[str, Any], prefix: str, out: Dict[str, torch.Tensor], depth: int = 0) -> None:
+def _flatten(tree: dict[str, Any], prefix: str, out: dict[str, torch.Tensor], depth: int = 0) -> None:
     if depth > _MAX_DEPTH:
         raise ValueError(f'{prefix} is nested more than {_MAX_DEPTH} deep')
     for key, value in tree.items():
@@ -108,7 +108,7 @@ def _flatten(tree: Dict[str, Any], prefix: str, out: Dict[str, torch.Tensor], de
             raise ValueError(f'{where} is {value!r:.40}, which is no array')
 
 
-def is_flax(path: Union[str, os.PathLike]) -> bool:
+def is_flax(path: str | os.PathLike) -> bool:
     """Whether a file begins as a msgpack map with a name for its first key, which no other checkpoint does."""
     with open(path, 'rb') as f:
         head = f.read(64)
@@ -129,7 +129,7 @@ def is_flax(path: Union[str, os.PathLike]) -> bool:
     return bool(key) and all(0x20 <= c < 0x7f for c in key)
 
 
-def read_flax(path: Union[str, os.PathLike]) -> Dict[str, torch.Tensor]:
+def read_flax(path: str | os.PathLike) -> dict[str, torch.Tensor]:
     """Read the parameters in a file of `flax.serialization` or `flax.training.checkpoints`.
 
     Args:
@@ -157,7 +157,7 @@ def read_flax(path: Union[str, os.PathLike]) -> Dict[str, torch.Tensor]:
         tree = tree['params']
     if not isinstance(tree, dict) or not tree:
         raise ValueError(f"'{path}' holds no parameters.")
-    out: Dict[str, torch.Tensor] = {}
+    out: dict[str, torch.Tensor] = {}
     try:
         _flatten(tree, '', out)
         if state is not tree and state.get('batch_stats'):

@@ -8,9 +8,9 @@ import hashlib
 import logging
 import os
 import re
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Iterator, Optional, Tuple, Union
 
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
@@ -41,7 +41,7 @@ class IntegrityError(HubError):
     """A file is not the one that it should be."""
 
 
-def set_hub_org(org: Optional[str]) -> None:
+def set_hub_org(org: str | None) -> None:
     """Choose the organisation or user on the Hub whose weights `pretrained=True` loads.
 
     With one set, the weights of 'vvt_nano.fashion_mnist' come from the repository 'ORG/vvt_nano.fashion_mnist', and not
@@ -63,7 +63,7 @@ def _check_org(org: str, where: str) -> None:
             f"{where} is {org!r}; it must be the name of an organisation or user on the Hub, such as 'my-lab'")
 
 
-def hub_org() -> Optional[str]:
+def hub_org() -> str | None:
     """The organisation in use, None if the weights come from where the package says."""
     if _org is not _UNSET:
         return _org
@@ -73,7 +73,7 @@ def hub_org() -> Optional[str]:
     return org
 
 
-def weights_repo(name: str) -> Optional[Tuple[str, Optional[str]]]:
+def weights_repo(name: str) -> tuple[str, str | None] | None:
     """Repository and revision that hold the weights of an architecture and tag, None if no repository does.
 
     A revision that the record names is used as long as the repository is the record's.
@@ -86,7 +86,7 @@ def weights_repo(name: str) -> Optional[Tuple[str, Optional[str]]]:
     return repo_id, hub.revision if hub and hub.repo_id == repo_id else None
 
 
-def _at(repo_id: str, revision: Optional[str]) -> str:
+def _at(repo_id: str, revision: str | None) -> str:
     return f"'{repo_id}'" + (f" at revision '{revision}'" if revision else '')
 
 
@@ -94,8 +94,8 @@ def _at(repo_id: str, revision: Optional[str]) -> str:
 def hub_errors(
         doing: str,
         repo_id: str,
-        revision: Optional[str] = None,
-        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
 ) -> Iterator[None]:
     """Turn what the Hub's client raises into a HubError in one sentence that says what to do.
 
@@ -174,8 +174,8 @@ def _is_final(e: Exception) -> bool:
 def download(
         repo_id: str,
         filename: str,
-        revision: Optional[str] = None,
-        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        revision: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Path of a file of a repository in the Hub's cache, downloaded if it is not there.
 
@@ -200,7 +200,7 @@ def download(
         return Path(hf.hf_hub_download(**where, library_name='vitlinear'))
 
 
-def sha256(path: Union[str, os.PathLike]) -> str:
+def sha256(path: str | os.PathLike) -> str:
     digest = hashlib.sha256()
     with open(path, 'rb') as f:
         while chunk := f.read(1 << 20):
@@ -208,7 +208,7 @@ def sha256(path: Union[str, os.PathLike]) -> str:
     return digest.hexdigest()
 
 
-def cache_digest(path: Union[str, os.PathLike]) -> Optional[str]:
+def cache_digest(path: str | os.PathLike) -> str | None:
     """The sha256 that the Hub gave for a file in its cache, None where it gave none.
 
     The cache names the contents of large files after it.
@@ -217,7 +217,7 @@ def cache_digest(path: Union[str, os.PathLike]) -> Optional[str]:
     return name if re.fullmatch('[0-9a-f]{64}', name) else None
 
 
-def check_file(path: Union[str, os.PathLike], expected: str, source: str, remedy: Optional[str] = None) -> None:
+def check_file(path: str | os.PathLike, expected: str, source: str, remedy: str | None = None) -> None:
     """Compare a file with the hash that it should have.
 
     Args:
@@ -239,10 +239,10 @@ def check_file(path: Union[str, os.PathLike], expected: str, source: str, remedy
 
 def download_weights(
         repo_id: str,
-        revision: Optional[str] = None,
-        record: Optional[Record] = None,
+        revision: str | None = None,
+        record: Record | None = None,
         filename: str = WEIGHTS_NAME,
-        cache_dir: Optional[Union[str, os.PathLike]] = None,
+        cache_dir: str | os.PathLike | None = None,
 ) -> Path:
     """Path of the weights of a repository, downloaded if need be and checked.
 

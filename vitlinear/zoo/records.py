@@ -10,11 +10,11 @@ import json
 import os
 import re
 import tempfile
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
-from typing import (
-    Any, Dict, Iterable, List, Mapping, Optional, Sequence, Tuple, Union, get_args, get_origin, get_type_hints,
-)
+from types import UnionType
+from typing import Any, get_args, get_origin, get_type_hints
 
 __all__ = [
     'Cfg', 'Dataset', 'Hub', 'Metric', 'Provenance', 'Record', 'Training',
@@ -43,8 +43,8 @@ def _need(condition: Any, where: str, value: Any, valid: str) -> None:
 @dataclass(frozen=True)
 class Hub:
     """Where the weights stand on the Hub, once they do: repository and commit."""
-    repo_id: Optional[str] = None
-    revision: Optional[str] = None
+    repo_id: str | None = None
+    revision: str | None = None
 
     def check(self, where: str) -> None:
         if self.repo_id is not None:
@@ -59,13 +59,13 @@ class Hub:
 class Cfg:
     """What timm's pretrained cfg says about the input and the classes."""
     num_classes: int
-    input_size: Tuple[int, ...]
-    pool_size: Optional[Tuple[int, ...]]
+    input_size: tuple[int, ...]
+    pool_size: tuple[int, ...] | None
     crop_pct: float
     interpolation: str
-    mean: Tuple[float, ...]
-    std: Tuple[float, ...]
-    label_names: Optional[Tuple[str, ...]] = None
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    label_names: tuple[str, ...] | None = None
     crop_mode: str = 'center'
 
     def check(self, where: str) -> None:
@@ -90,12 +90,12 @@ class Cfg:
 @dataclass(frozen=True)
 class Dataset:
     """What the weights were trained on; `id` is a dataset id of the Hub."""
-    id: Optional[str]
+    id: str | None
     name: str
-    url: Optional[str] = None
-    license: Optional[str] = None
-    train_images: Optional[int] = None
-    test_images: Optional[int] = None
+    url: str | None = None
+    license: str | None = None
+    train_images: int | None = None
+    test_images: int | None = None
 
     def check(self, where: str) -> None:
         _need(self.id is None or _DATASET_ID.fullmatch(self.id), f'{where}.id', self.id, "null or a Hub dataset's id")
@@ -108,10 +108,10 @@ class Metric:
     unit: str
     value: float
     split: str
-    images: Optional[int] = None
-    dtype: Optional[str] = None
-    seed: Optional[int] = None
-    command: Optional[str] = None
+    images: int | None = None
+    dtype: str | None = None
+    seed: int | None = None
+    command: str | None = None
 
     def check(self, where: str) -> None:
         _need(self.unit != '%' or 0 <= self.value <= 100, f'{where}.value', self.value, 'between 0 and 100 percent')
@@ -120,15 +120,15 @@ class Metric:
 @dataclass(frozen=True)
 class Training:
     """How the weights were made. `weights` says which of a run's weights they are, `log` names a file of the folder."""
-    config: Optional[str] = None
-    command: Optional[str] = None
-    hardware: Optional[str] = None
-    wall_time: Optional[str] = None
-    epochs: Optional[int] = None
-    seeds: Tuple[int, ...] = ()
-    weights: Optional[str] = None
-    log: Optional[str] = None
-    software: Dict[str, str] = field(default_factory=dict)
+    config: str | None = None
+    command: str | None = None
+    hardware: str | None = None
+    wall_time: str | None = None
+    epochs: int | None = None
+    seeds: tuple[int, ...] = ()
+    weights: str | None = None
+    log: str | None = None
+    software: dict[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -155,15 +155,15 @@ class Record:
     size: int
     hub: Hub
     cfg: Cfg
-    dataset: Optional[Dataset]
-    metrics: Tuple[Metric, ...]
+    dataset: Dataset | None
+    metrics: tuple[Metric, ...]
     parameters: int
-    macs: Optional[int]
-    training: Optional[Training]
-    license: Optional[str]
+    macs: int | None
+    training: Training | None
+    license: str | None
     provenance: Provenance
-    limits: Optional[str] = None
-    folder: Optional[Path] = field(default=None, compare=False, metadata={'stored': False})
+    limits: str | None = None
+    folder: Path | None = field(default=None, compare=False, metadata={'stored': False})
 
     def check(self, where: str) -> None:
         _need(_ARCH_TAG.fullmatch(self.name), f'{where}name', self.name, "of the form 'architecture.tag'")
@@ -176,12 +176,12 @@ class Record:
             _need(getattr(self, name) > 0, f'{where}{name}', getattr(self, name), 'more than 0')
 
     @property
-    def weights(self) -> Optional[Path]:
+    def weights(self) -> Path | None:
         """The file of the weights, None where it is not beside the record."""
         path = self.folder / self.file if self.folder else None
         return path if path and path.is_file() else None
 
-    def to_dict(self) -> Dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """The contents of record.json."""
         return {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.metadata.get('stored', True)}
 
@@ -195,7 +195,7 @@ def _plain(value: Any) -> Any:
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
     """`value`, as read from JSON, in the type that a field is annotated with."""
-    if get_origin(hint) is Union:
+    if get_origin(hint) is UnionType:
         if value is None:
             return None
         hint = get_args(hint)[0]
@@ -235,7 +235,7 @@ def _build(cls: type, data: Any, where: str = '') -> Any:
     return made
 
 
-def record_from_dict(data: Dict[str, Any], folder: Optional[Path] = None) -> Record:
+def record_from_dict(data: dict[str, Any], folder: Path | None = None) -> Record:
     """Make a record of the contents of a record.json.
 
     Raises:
@@ -246,7 +246,7 @@ def record_from_dict(data: Dict[str, Any], folder: Optional[Path] = None) -> Rec
     return record
 
 
-def read_record(folder: Union[str, os.PathLike]) -> Record:
+def read_record(folder: str | os.PathLike) -> Record:
     """Read the record of a checkpoint's folder.
 
     Raises:
@@ -265,7 +265,7 @@ def read_record(folder: Union[str, os.PathLike]) -> Record:
         raise RecordError(f"'{path}': {e}") from None
 
 
-def write_text(path: Union[str, os.PathLike], text: str) -> None:
+def write_text(path: str | os.PathLike, text: str) -> None:
     """Write a text file whole or not at all."""
     path = Path(path)
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
@@ -297,28 +297,28 @@ def record_text(record: Record) -> str:
     return re.sub(r'\[\s+([-\d.e+]+(?:,\s+[-\d.e+]+)*)\s+\]', lambda m: f'[{" ".join(m[1].split())}]', text) + '\n'
 
 
-def write_record(record: Record, folder: Union[str, os.PathLike]) -> None:
+def write_record(record: Record, folder: str | os.PathLike) -> None:
     """Write record.json into a folder, checked, whole or not at all."""
     write_text(Path(folder) / RECORD_NAME, record_text(record))
 
 
-_RECORDS: Optional[Dict[str, Record]] = None
+_RECORDS: dict[str, Record] | None = None
 
 
-def _roots() -> List[Path]:
+def _roots() -> list[Path]:
     """Folders of folders: inside the package when installed, beside it in a checkout."""
     package = Path(__file__).resolve().parents[1]
     return [package / 'model_cards', package.parent / 'model_cards']
 
 
-def records() -> Dict[str, Record]:
+def records() -> dict[str, Record]:
     """The records of all published checkpoints by name, read once.
 
     A folder without record.json is none of ours: its tag counts as one without weights.
     """
     global _RECORDS
     if _RECORDS is None:
-        found: Dict[str, Record] = {}
+        found: dict[str, Record] = {}
         for path in [p for root in _roots() for p in sorted(root.glob(f'*/{RECORD_NAME}'))]:
             record = read_record(path.parent)
             of = path.parent.name
@@ -328,12 +328,12 @@ def records() -> Dict[str, Record]:
     return dict(_RECORDS)
 
 
-def find_record(name: str) -> Optional[Record]:
+def find_record(name: str) -> Record | None:
     """The record of a checkpoint by architecture and tag, None where there is none."""
     return records().get(name)
 
 
-def weights_cfg(name: str) -> Dict[str, Any]:
+def weights_cfg(name: str) -> dict[str, Any]:
     """What the record of a checkpoint says for its default cfg.
 
     Args:
