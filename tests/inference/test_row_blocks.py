@@ -1,10 +1,7 @@
 """Row blocks give what the plain way gives, and write over nothing that others hold."""
-import os
 import re
-import sys
 
 import pytest
-import timm
 import torch
 from torch import nn
 
@@ -197,22 +194,3 @@ def test_patch_embed(size: int):
             y = inference.run((embed,), x.contiguous(memory_format=memory_format))
         torch.testing.assert_close(y, expected)
         assert y.permute(0, 2, 3, 1).is_contiguous()
-
-
-def test_python_calls():
-    """One door: the package's functions are called a few times in each block, not in each question."""
-    model, x, calls = timm.create_model('vvt_small').eval(), images(1, 3, 224, 224), []
-
-    def count(frame, event, arg):
-        if event == 'call' and f'{os.sep}vitlinear{os.sep}' in frame.f_code.co_filename:
-            calls.append(frame.f_code.co_name)
-
-    with torch.no_grad():
-        model(x)
-        sys.setprofile(count)
-        try:
-            model(x)
-        finally:
-            sys.setprofile(None)
-    assert 0 < len(calls) <= 350
-    assert calls.count('applies') == 1

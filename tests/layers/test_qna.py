@@ -1,7 +1,6 @@
 """Learned-query attention against numbers from the authors' code, against its windows written out, and in half
 precision."""
 import copy
-import io
 import math
 from collections.abc import Callable, Sequence
 
@@ -13,6 +12,7 @@ from torch import nn
 
 from _golden import qna_cases, qna_layer, qna_part, qna_tensors
 from _numerics import TIGHT, assert_close, in_row_blocks, value_and_grads
+from _qna import create_layer, randn
 from vitlinear.layers import QnAAttention
 from vitlinear.layers._common import lecun_normal_
 from vitlinear.ops import qna_attention, reference
@@ -22,21 +22,6 @@ WITH_GRADIENTS = [name for name in LAYERS if 'grads' in qna_cases()[name]]
 OVERFLOW = 'qna_k3_s1_q2_overflow'
 GOLDEN = dict(rtol=1e-4, atol=2e-5)
 SIZES = [(1, 1), (1, 7), (5, 8), (9, 4), (7, 7)]  # 1 to 7 taps: smaller than the window, of its size, larger
-
-
-def create(*args, seed: int = 0, std: float = 1., **kwargs) -> QnAAttention:
-    """A module in eval mode that is silent nowhere."""
-    torch.manual_seed(seed)
-    module = QnAAttention(*args, **kwargs)
-    with torch.no_grad():
-        for name, p in module.named_parameters():
-            p.normal_(std=std * {'query': 1., 'rel_pos_bias': .6, 'attn_scale': .5}.get(name, p[0].numel() ** -.5))
-        module.k.weight.mul_(3.)
-    return module.eval()
-
-
-def randn(*shape: int, seed: int = 0, dtype=torch.float32) -> torch.Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(dtype)
 
 
 def inputs(B: int, H: int, W: int, heads: int, d: int, k: int, L: int = 2, spread: float = 2., dtype=torch.float64):
@@ -132,7 +117,7 @@ def test_any_shape(B, H, W, heads, d, k, L, stride, spread):
     dict(normalize_query=False), dict(attn_scale='none'), dict(attn_scale='avg'), dict(num_queries=1, kernel_size=1)])
 def test_module_by_hand(kwargs,):
     """The module's formula with the textbook core, input and parameter gradients included."""
-    module = create(6, 3, dtype=torch.float64, **kwargs)
+    module = create_layer(6, 3, dtype=torch.float64, **kwargs)
     d = module.query.shape[1] // 3
 
     def by_hand(x: torch.Tensor) -> torch.Tensor:
@@ -228,7 +213,7 @@ def test_transposition():
 @pytest.mark.parametrize('spread', [1., 100.])
 def test_batch_of_one(spread: float, path: str):
     """An image's output is its own, beside a much brighter one and beside one whose scores overflow."""
-    module = create(8, 2)
+    module = create_layer(8, 2)
     x = randn(3, 6, 5, 8)
     x[2] *= spread
     together = PATHS[path](module, x)
@@ -241,7 +226,7 @@ def test_inputs_stay_as_they_are():
     before = [x.clone() for x in args]
     value_and_grads(lambda *x: qna_attention(*x), *args)
     qna_attention(*args)
-    module, x = create(6, 2), randn(2, 5, 4, 6)
+    module, x = create_layer(6, 2), randn(2, 5, 4, 6)
     y = x.clone()
     in_row_blocks(module, x)
     assert torch.equal(x, y) and all(torch.equal(a, b) for a, b in zip(args, before))
@@ -249,7 +234,7 @@ def test_inputs_stay_as_they_are():
 
 @pytest.mark.parametrize('path', PATHS)
 def test_strided_input(path: str):
-    module, x = create(6, 2, stride=2), randn(2, 8, 10, 6)
+    module, x = create_layer(6, 2, stride=2), randn(2, 8, 10, 6)
     for strided in (x.transpose(1, 2).contiguous().transpose(1, 2), x.repeat_interleave(2, 3)[..., ::2], x[:1].expand(
             2, 8, 10, 6), x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)):
         torch.testing.assert_close(
@@ -291,7 +276,7 @@ ERRORS = {torch.bfloat16: .04, torch.float16: .004}
 @pytest.mark.parametrize('path', PATHS)
 @pytest.mark.parametrize('dtype', ERRORS)
 def test_half_precision(dtype: torch.dtype, path: str, autocast: bool):
-    module, x = create(16, 2), randn(2, 56, 56, 16)
+    module, x = create_layer(16, 2), randn(2, 56, 56, 16)
     expected = module(x).detach()
     if autocast:
         with torch.autocast('cpu', dtype=dtype):
@@ -305,7 +290,7 @@ def test_half_precision(dtype: torch.dtype, path: str, autocast: bool):
 @pytest.mark.parametrize('autocast', [False, True])
 @pytest.mark.parametrize('dtype', ERRORS)
 def test_gradients_in_half_precision(dtype: torch.dtype, autocast: bool):
-    module, x = create(16, 2), randn(2, 56, 56, 16).requires_grad_()
+    module, x = create_layer(16, 2), randn(2, 56, 56, 16).requires_grad_()
     cotangent = randn(2, 56, 56, 16, seed=1)
     expected = torch.autograd.grad(module(x), [x, *module.parameters()], cotangent)
     if autocast:
@@ -325,7 +310,7 @@ def test_gradients_in_half_precision(dtype: torch.dtype, autocast: bool):
 def test_large_input_in_half_precision(dtype: torch.dtype):
     """Scores beyond 11, whose exponential float16 cannot hold, and beyond 89, which float32 cannot."""
     for size in (20., 200.):
-        module, x = create(16, 2), size * randn(2, 14, 14, 16)
+        module, x = create_layer(16, 2), size * randn(2, 14, 14, 16)
         assert (module.k(x) @ torch.ones(16)).abs().max() > 11
         for out in (through_inference(module.to(dtype), x.to(dtype)), module(x.to(dtype))):
             assert torch.isfinite(out).all()
@@ -335,114 +320,12 @@ def test_large_input_in_half_precision(dtype: torch.dtype):
 @pytest.mark.parametrize('dtype', [torch.float32, *ERRORS])
 def test_steep_biases(dtype: torch.dtype, path: str):
     """Where the favoured tap lies outside the map, the others share the window, however small their exponentials."""
-    module, x = create(8, 2), randn(1, 6, 6, 8)
+    module, x = create_layer(8, 2), randn(1, 6, 6, 8)
     with torch.no_grad():
         module.rel_pos_bias[:, :, 0, 0] = 20.
     expected = module.double()(x.double()).detach()
     out = PATHS[path](module.to(dtype), x.to(dtype))
     assert (out.double() - expected).abs().max() < ERRORS.get(dtype, 1e-5) * expected.abs().max()
-
-
-# inference keeps folded weights
-
-def noise(p: torch.Tensor) -> torch.Tensor:
-    return randn(*p.shape, seed=7, dtype=p.dtype)
-
-
-def add_in_place(module, name):
-    with torch.no_grad():
-        module.get_parameter(name).add_(noise(module.get_parameter(name)))
-
-
-def through_data(module, name):
-    module.get_parameter(name).data.mul_(noise(module.get_parameter(name)))
-
-
-def new_data(module, name):
-    p = module.get_parameter(name)
-    p.data = noise(p)
-
-
-def new_parameter(module, name):
-    owner, _, leaf = name.rpartition('.')
-    setattr(module.get_submodule(owner), leaf, nn.Parameter(noise(module.get_parameter(name))))
-
-
-def optimizer_step(module, name):
-    p = module.get_parameter(name)
-    p.grad = noise(p)
-    torch.optim.SGD([p], lr=.5).step()
-
-
-def load(module, name):
-    module.load_state_dict({**module.state_dict(), name: noise(module.get_parameter(name))})
-
-
-def numpy_view(module, name):
-    """Neither the address nor the version of the tensor changes."""
-    module.get_parameter(name).detach().numpy()[...] += noise(module.get_parameter(name)).numpy()
-
-
-CHANGES = [add_in_place, through_data, new_data, new_parameter, optimizer_step, load, numpy_view]
-PARAMETERS = [
-    'query', 'k.weight', 'k.bias', 'v.weight', 'v.bias', 'rel_pos_bias', 'attn_scale', 'proj.weight', 'proj.bias']
-
-
-@pytest.mark.parametrize('change', CHANGES)
-def test_inference_follows_the_weights(change: Callable):
-    """Whichever of them changes, however, without a word to the module."""
-    for name in PARAMETERS:
-        module, x = create(8, 2, qkv_bias=True, proj_bias=True), randn(2, 5, 6, 8)
-        assert set(PARAMETERS) == set(dict(module.named_parameters()))
-        before = through_inference(module, x)
-        change(module, name)
-        out = through_inference(module, x)
-        # a bias of the keys adds a constant to the scores, which drops out
-        assert ((out - before).abs().max() > 1e-2) == (name != 'k.bias'), name
-        torch.testing.assert_close(out, module(x), rtol=1e-5, atol=1e-5)
-
-
-def test_inference_follows_conversions():
-    module, x = create(8, 2), randn(2, 5, 6, 8)
-    before = through_inference(module, x)
-    for dtype in (torch.bfloat16, torch.float64, torch.float16):
-        module.to(dtype)
-        out = through_inference(module, x.to(dtype))
-        assert out.dtype == dtype
-        fresh = QnAAttention(8, 2, dtype=dtype).eval()
-        fresh.load_state_dict(module.state_dict())
-        assert torch.equal(through_inference(fresh, x.to(dtype)), out)
-    module.float()
-    torch.testing.assert_close(through_inference(module, x), before, rtol=.05, atol=.05)
-    torch.testing.assert_close(through_inference(module, x), module(x), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize('copier', [copy.deepcopy, lambda m: torch.load(saved(m), weights_only=False)])
-def test_copies_are_their_own(copier: Callable):
-    module, x = create(8, 2), randn(2, 5, 6, 8)
-    out = through_inference(module, x)
-    other = copier(module)
-    assert torch.equal(through_inference(other, x), out)
-    add_in_place(other, 'v.weight')
-    assert (through_inference(other, x) - out).abs().max() > 1e-3
-    assert torch.equal(through_inference(module, x), out)
-
-
-def saved(module: nn.Module) -> io.BytesIO:
-    file = io.BytesIO()
-    torch.save(module, file)
-    file.seek(0)
-    return file
-
-
-def test_inference_mode_then_training():
-    """What was folded under inference mode is of no use to autograd, which does not see it."""
-    module, x = create(8, 2), randn(2, 5, 6, 8)
-    with torch.inference_mode():
-        expected = module(x)
-    torch.testing.assert_close(through_inference(module, x), expected.clone(), rtol=1e-6, atol=1e-6)
-    module(x.requires_grad_()).sum().backward()
-    assert all(torch.isfinite(p.grad).all() for p in module.parameters())
 
 
 class Adapted(nn.Linear):
@@ -460,7 +343,7 @@ class Adapted(nn.Linear):
 
 @pytest.mark.parametrize('layer', ['k', 'v', 'proj'])
 def test_adapted_layers(layer: str):
-    module, x = create(8, 2), randn(2, 5, 6, 8)
+    module, x = create_layer(8, 2), randn(2, 5, 6, 8)
     before = through_inference(module, x)
     adapted = Adapted(getattr(module, layer))
     merged = copy.deepcopy(module)
@@ -473,20 +356,6 @@ def test_adapted_layers(layer: str):
         torch.testing.assert_close(path(module, x).detach(), expected, rtol=1e-4, atol=1e-5)
     module(x).sum().backward()
     assert adapted.up.grad.abs().max() > 0
-
-
-@pytest.mark.parametrize('layer', ['k', 'v', 'proj'])
-@pytest.mark.parametrize('grad', [True, False])
-def test_hooks_on_layers_run(layer: str, grad: bool):
-    module, x, calls = create(8, 2), randn(2, 5, 6, 8), []
-    expected = module(x).detach()
-    getattr(module, layer).register_forward_pre_hook(lambda m, args: calls.append(args[0].shape))
-    with torch.set_grad_enabled(grad):
-        torch.testing.assert_close(module(x).detach(), expected, rtol=1e-4, atol=1e-5)
-    assert calls == [(2, 5, 6, 8)]
-
-
-# memory
 
 
 # construction
