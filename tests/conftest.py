@@ -32,5 +32,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         name = item.name.partition('[')[0]
         if tests / 'tools' in item.path.parents:
             item.add_marker('tools')
-        elif item.path.name == 'test_hub.py' or any(word in name for word in ('compile', 'export', 'trace')):
+        elif item.path.name.startswith('test_hub') or any(word in name for word in ('compile', 'export', 'trace')):
             item.add_marker('slow')

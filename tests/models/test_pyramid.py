@@ -7,12 +7,11 @@ import pytest
 import timm
 import torch
 from timm.data import resolve_data_config
-from timm.models import create_feature_extractor
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
 
-from _pyramids import BACKBONES, CLOSE, FAMILIES, SIZES, TWO_STAGES, build, create, family, images
+from _pyramids import BACKBONES, CLOSE, FAMILIES, SIZES, build, create, images
 
 
 @pytest.fixture(scope='module', params=FAMILIES)
@@ -418,83 +417,6 @@ def test_init_weights_after_to_empty(backbone: str):
         else:
             assert torch.equal(a, b), name
     assert torch.isfinite(model.eval()(images(1, 3, 32, 32))).all()
-
-
-# export and compilation
-
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_torchscript(backbone: str):
-    """One scripted model for every size and batch."""
-    model = create(backbone, scriptable=True)
-    scripted = torch.jit.script(model)
-    for shape in ((2, 3, 32, 32), (1, 3, 40, 24), (1, 3, 64, 64)):
-        torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
-        with torch.no_grad():
-            torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
-
-
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_feature_extractor(backbone: str):
-    """torch.fx, through timm: sizes stay free."""
-    model = create(backbone)
-    extractor = create_feature_extractor(model, {'stages.1': 'a', 'head': 'b'})
-    for shape in ((2, 3, 32, 32), (1, 3, 40, 24)):
-        out = extractor(images(*shape))
-        maps = model.forward_intermediates(images(*shape), intermediates_only=True)
-        torch.testing.assert_close(out['a'], maps[1], **CLOSE)
-        torch.testing.assert_close(out['b'], model(images(*shape)), **CLOSE)
-
-
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_export(backbone: str):
-    model, x = create(backbone, depths=(1, 2, 1, 1)), images(2, 3, 32, 32)
-    exported = torch.export.export(model, (x,)).module()
-    torch.testing.assert_close(exported(x), model(x), **CLOSE)
-
-
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_export_dynamic_batch(backbone: str):
-    model = create(backbone, **TWO_STAGES[family(backbone)])
-    batch = torch.export.Dim('batch', min=1, max=64)
-    exported = torch.export.export(model, (images(2, 3, 32, 32),), dynamic_shapes=({0: batch},)).module()
-    for b in (1, 2, 5):
-        torch.testing.assert_close(exported(images(b, 3, 32, 32)), model(images(b, 3, 32, 32)), **CLOSE)
-
-
-def test_export_dynamic_size():
-    """Sizes stay free: graphs hold one order of evaluation for all of them."""
-    model = create(**TWO_STAGES['vvt_nano'])
-    dynamic = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    exported = torch.export.export(model, (images(2, 3, 64, 96),), dynamic_shapes=(dynamic,)).module()
-    for shape in ((2, 3, 64, 96), (3, 3, 96, 64), (2, 3, 128, 80)):
-        torch.testing.assert_close(exported(images(*shape)), model(images(*shape)), **CLOSE)
-
-
-@pytest.mark.parametrize('backbone, backend, train', [
-    *((name, 'eager', True) for name in BACKBONES), *((name, 'eager', False) for name in FAMILIES),
-    *((name, 'aot_eager', True) for name in FAMILIES)])
-def test_compile(backbone: str, backend: str, train: bool):
-    """One graph, forward and backward."""
-    torch._dynamo.reset()
-    model = create(backbone, **TWO_STAGES[family(backbone)]).train(train)
-    x = images(2, 3, 64, 48)
-    compiled = torch.compile(copy.deepcopy(model), backend=backend, fullgraph=True)
-    out, expected = compiled(x), model(x)
-    torch.testing.assert_close(out, expected, **CLOSE)
-    out.square().sum().backward()
-    expected.square().sum().backward()
-    for a, b in zip(compiled.parameters(), model.parameters()):
-        size = b.grad.abs().max()
-        torch.testing.assert_close(a.grad / size, b.grad / size, **CLOSE)
-    if not train:
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(x), model(x), **CLOSE)
-
-
-def test_trace(model):
-    with torch.no_grad():
-        traced = torch.jit.trace(model, images(2, 3, 32, 32))
-        torch.testing.assert_close(traced(images(2, 3, 32, 32, seed=1)), model(images(2, 3, 32, 32, seed=1)), **CLOSE)
 
 
 @pytest.mark.parametrize('copier', [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])

@@ -1,30 +1,26 @@
 """Castling models in training: `vitlinear train`, timm's own script, distillation, and what is left afterwards."""
-import csv
 import json
 import os
 import shutil
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from _runs import PLAIN, REPO, assert_same_state, rows, saved
 from safetensors import safe_open
 from timm.models import save_for_hf
 from timm.task import TokenDistillationTask
-from timm.utils import load_checkpoint_metadata
 from torch import nn
 
-from _data import image_folder
 from vitlinear.layers.linear_angular import MaskedSoftmax
 from vitlinear.models import CastlingSchedule
 from vitlinear.tools import _script, cli, train, validate
 
-REPO = Path(__file__).parents[2]
 TIMM_SCRIPTS = os.environ.get('TIMM_SCRIPTS', '')
 
 # small models, with thresholds below which almost nothing falls at first
@@ -33,7 +29,6 @@ NANO = dict(embed_dims=(8, 8, 16, 16), depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 
 LEVIT = dict(embed_dim=(16, 24, 32), num_heads=(1, 2, 2), depth=(1, 1, 1), key_dim=4, attn_kwargs=LOW)
 DEIT = dict(img_size=32, patch_size=8, embed_dim=24, num_heads=2, depth=3, attn_kwargs=LOW)
 TWO_HEADS = {'castling_levit_128s': LEVIT, 'castling_deit_tiny_distilled_patch16_224': DEIT}
-PLAIN = ['--no-aug', '--smoothing', '0']
 SEEN = ['castling_density', 'castling_mass', 'castling_gap']
 
 
@@ -48,11 +43,6 @@ def common(data: str, **more: Any) -> list[str]:
         '--data-dir', data]
 
 
-@pytest.fixture(scope='module')
-def data(tmp_path_factory) -> str:
-    return str(image_folder(tmp_path_factory.mktemp('images')))
-
-
 @pytest.fixture
 def fit(data, tmp_path):
     """Train into tmp_path/NAME and return that folder; keywords are further arguments of the model."""
@@ -63,35 +53,8 @@ def fit(data, tmp_path):
     return fit
 
 
-def rows(folder: Path) -> list[dict[str, str]]:
-    with open(folder / 'summary.csv', newline='') as f:
-        return list(csv.DictReader(f))
-
-
 def seen(folder: Path) -> list[list[float]]:
     return [[float(row[f'train_{k}']) for k in SEEN] for row in rows(folder)]
-
-
-def saved(folder: Path, name: str = 'last') -> dict[str, Any]:
-    return load_checkpoint_metadata(str(folder / f'{name}.pth.tar'))
-
-
-def flat(value: Any, path: str = '') -> Iterator[tuple[str, Any]]:
-    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, (list, tuple)) else None
-    if items is None:
-        yield path, value
-    else:
-        for key, item in items:
-            yield from flat(item, f'{path}.{key}')
-
-
-def assert_same_state(a: dict[str, Any], b: dict[str, Any]) -> None:
-    for key in ('epoch', 'metric', 'state_dict', 'state_dict_ema', 'optimizer'):
-        left, right = dict(flat(a[key])), dict(flat(b[key]))
-        assert left.keys() == right.keys() and len(left)
-        for k in left:
-            same = torch.equal(left[k], right[k]) if torch.is_tensor(left[k]) else left[k] == right[k]
-            assert same, (key, k)
 
 
 def measure(data: str, checkpoint: Path, *extra: str) -> dict[str, float]:
