@@ -62,14 +62,14 @@ def names(argv, capsys) -> list:
 def test_noted_counts(name: str):
     """architectures.json is what counting gives; scripts/readme_tables writes it anew."""
     parameters, macs = info.count(name)
-    noted = info.noted()[name]
+    noted = info.architecture_facts()[name]
     assert (noted['parameters'], noted['macs']) == (parameters, macs)
     model = info.find_model(name)
     assert (model.parameters, model.macs) == (parameters, macs)
 
 
 def test_noted_names():
-    assert sorted(info.noted()) == sorted(ARCHITECTURES)
+    assert sorted(info.architecture_facts()) == sorted(ARCHITECTURES)
 
 
 @pytest.mark.parametrize('name', records())

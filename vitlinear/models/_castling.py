@@ -6,16 +6,17 @@ gone at inference. Ours: that the threshold is relative to the number of keys, t
 import logging
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import to_2tuple
 from torch import nn
 
 from ..inference.fold import reparameterize
 from ..layers.linear_angular import LinearAngular, check_aux_mode
 from ..zoo.families import Family
+from ._timm import base_cfg
 from ._weights import fit, unwrap
 
 _logger = logging.getLogger(__name__)
@@ -431,21 +432,6 @@ def filter_checkpoint(
     return fit({**state_dict, **step}, model, stem=stem)
 
 
-def castling_cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': None,
-        'crop_pct': 0.9,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        'origin_url': 'https://github.com/GATECH-EIC/Castling-ViT',
-        'paper_ids': 'arXiv:2211.10526',
-        'paper_name': 'Castling-ViT',
-        **kwargs,
-    }
+castling_cfg = partial(
+    base_cfg, pool_size=None, crop_pct=0.9, origin_url='https://github.com/GATECH-EIC/Castling-ViT',
+    paper_ids='arXiv:2211.10526', paper_name='Castling-ViT')

@@ -9,6 +9,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import (
     build_model_with_cfg,
     checkpoint,
@@ -29,6 +30,7 @@ from ..zoo.hub import HubError, check_file, download, download_weights, hub_org,
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, find_record, read_record
 
 __all__ = [
+    'base_cfg',
     'build_model',
     'checkpoint',
     'feature_take_indices',
@@ -160,12 +162,14 @@ def build_model(
         pretrained_filter_fn: Callable | None = None,
         pretrained_cfg: Any | None = None,
         pretrained_cfg_overlay: dict[str, Any] | None = None,
+        feature_cfg: dict[str, Any] | None = None,
         **kwargs: Any,
 ) -> nn.Module:
     """timm's `build_model_with_cfg`, checking the weights, with errors that say what to do about missing or wrong ones.
 
     Where the weights come from: the caller's choice; else the repository of the organisation in use; else the file that
-    the package carries; else the repository that the record names. See `vitlinear.set_hub_org`.
+    the package carries; else the repository that the record names. See `vitlinear.set_hub_org`. Features are by default
+    the maps of the four stages of a pyramid.
 
     Raises:
         ValueError: `pretrained` is set and the tag has no weights, or the file that holds them cannot be read.
@@ -173,6 +177,9 @@ def build_model(
         HubError: `pretrained` is set and the weights cannot be had from the Hub.
         IntegrityError: `pretrained` is set and the weights are not the published ones.
     """
+    feature_cfg = dict(feature_cfg or dict(out_indices=(0, 1, 2, 3), flatten_sequential=True))
+    if 'out_indices' in kwargs:
+        feature_cfg['out_indices'] = kwargs.pop('out_indices')
     overlay = dict(pretrained_cfg_overlay or {})
     source = path = None
     if pretrained:
@@ -189,6 +196,7 @@ def build_model(
         pretrained_cfg=pretrained_cfg,
         pretrained_cfg_overlay=overlay,
         pretrained_filter_fn=pretrained_filter_fn,
+        feature_cfg=feature_cfg,
         **kwargs,
     )
     if path is not None:
@@ -196,3 +204,22 @@ def build_model(
         if source:
             model.pretrained_cfg['source'] = source
     return model
+
+
+def base_cfg(**kwargs: Any) -> dict[str, Any]:
+    """The pretrained cfg of a pyramid of ours at 224 pixels, with the entries of a family or tag."""
+    return {
+        'num_classes': 1000,
+        'input_size': (3, 224, 224),
+        'pool_size': (7, 7),
+        'crop_pct': 0.875,
+        'interpolation': 'bicubic',
+        'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN,
+        'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj',
+        'classifier': 'head',
+        'license': 'apache-2.0',
+        'origin_url': None,
+        **kwargs,
+    }

@@ -76,3 +76,8 @@ def fit(
             f'the head is not loaded.')
         state_dict.update({k: own[k] for k in other})
     return state_dict
+
+
+def own_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
+    """The filter of architectures that nobody else published: a state dict of ours, or a container of one; as `fit`."""
+    return fit(unwrap(state_dict), model)

@@ -96,17 +96,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return filter_checkpoint(state_dict, model, _from_host)
 
 
-def _create_pvt_v2(variant: str, pretrained: bool = False, **kwargs: Any) -> CastlingPyramid:
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dims']))))
-    return build_model(
-        CastlingPyramid,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
-
+_create_pvt_v2 = partial(build_model, CastlingPyramid, pretrained_filter_fn=checkpoint_filter_fn)
 
 _cfg = partial(castling_cfg, pool_size=(7, 7))
 

@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import calculate_drop_path_rates, to_2tuple, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
@@ -29,7 +28,7 @@ from ..layers.window import resize_relative_position_bias_table
 from ..zoo.families import Family
 from ..zoo.records import weights_cfg
 from ._pyramid import HierarchicalModel, check_model_args
-from ._timm import build_model, register_notrace_module
+from ._timm import base_cfg, build_model, register_notrace_module
 from ._weights import fit, not_a_checkpoint_of, unwrap
 
 __all__ = ['QnAVisionTransformer']
@@ -366,37 +365,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
         raise ValueError(f'{e} It looks like one of {variant}.') from None
 
 
-def _create_qna_vit(variant: str, pretrained: bool = False, **kwargs: Any) -> QnAVisionTransformer:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        QnAVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
+_create_qna_vit = partial(build_model, QnAVisionTransformer, pretrained_filter_fn=checkpoint_filter_fn)
 
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'mit',
-        'origin_url': 'https://github.com/moabarar/qna',
-        'paper_ids': 'arXiv:2112.11435',
-        'paper_name': 'Learned Queries for Efficient Local Attention',
-        **kwargs,
-    }
-
+_cfg = partial(
+    base_cfg, license='mit', origin_url='https://github.com/moabarar/qna', paper_ids='arXiv:2112.11435',
+    paper_name='Learned Queries for Efficient Local Attention')
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

@@ -8,17 +8,17 @@ load as they are. vvt_tiny, small, medium and large are the published variants; 
 """
 import re
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..zoo.families import Family
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
-from ._timm import build_model
+from ._timm import base_cfg, build_model
 from ._weights import fit, unwrap
 
 __all__ = ['VicinityVisionTransformer']
@@ -126,37 +126,11 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return fit(state_dict, model)
 
 
-def _create_vvt(variant: str, pretrained: bool = False, **kwargs: Any) -> VicinityVisionTransformer:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        VicinityVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
+_create_vvt = partial(build_model, VicinityVisionTransformer, pretrained_filter_fn=checkpoint_filter_fn)
 
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        'origin_url': 'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer',
-        'paper_ids': 'arXiv:2206.10552',
-        'paper_name': 'Vicinity Vision Transformer',
-        **kwargs,
-    }
-
+_cfg = partial(
+    base_cfg, origin_url='https://github.com/OpenNLPLab/Vicinity-Vision-Transformer', paper_ids='arXiv:2206.10552',
+    paper_name='Vicinity Vision Transformer')
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

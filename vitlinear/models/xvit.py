@@ -24,7 +24,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ConvNormAct,
     calculate_drop_path_rates,
@@ -40,6 +39,7 @@ from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
 from ..zoo.families import Family
 from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
 from ._timm import (
+    base_cfg,
     build_model,
     checkpoint,
     register_notrace_module,
@@ -367,41 +367,13 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return fit(state_dict, model, stem=_STEM)
 
 
-def _create_xvit(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormVisionTransformer:
-    out_indices = kwargs.pop('out_indices', 3)
-    return build_model(
-        XNormVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+_create_xvit = partial(
+    build_model, XNormVisionTransformer, pretrained_filter_fn=checkpoint_filter_fn,
+    feature_cfg=dict(out_indices=3, feature_cls='getter'))
 
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (14, 14),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': _STEM,
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        'origin_url': None,
-        'paper_ids': 'arXiv:2205.13805',
-        'paper_name': 'X-ViT: High Performance Linear Vision Transformer without Softmax',
-        **kwargs,
-    }
-
-
-def _pyramid_cfg(**kwargs: Any) -> dict[str, Any]:
-    return _cfg(**dict(dict(pool_size=(7, 7), first_conv='patch_embed.proj'), **kwargs))
-
+_cfg = partial(
+    base_cfg, pool_size=(14, 14), first_conv=_STEM, paper_ids='arXiv:2205.13805',
+    paper_name='X-ViT: High Performance Linear Vision Transformer without Softmax')
 
 default_cfgs = generate_default_cfgs({
     'xvit_tiny.untrained': _cfg(),

@@ -9,17 +9,16 @@ Documented in the paper: the operator and its axes.
 Ours: the models xvit_pyramid_nano, tiny, small and base altogether; the paper's own are flat, see xvit.py.
 """
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
-import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
-from ._timm import build_model
-from ._weights import fit, unwrap
+from ._timm import base_cfg, build_model
+from ._weights import own_filter_fn as checkpoint_filter_fn
 
 __all__ = ['XNormPyramid']
 
@@ -67,48 +66,11 @@ class XNormPyramid(Pyramid):
         )
 
 
-def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Take a state dict of ours, from training or from the Hub.
+_create_xvit_pyramid = partial(build_model, XNormPyramid, pretrained_filter_fn=checkpoint_filter_fn)
 
-    A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
-
-    Raises:
-        ValueError: The weights belong to another architecture or variant, or some are missing.
-    """
-    return fit(unwrap(state_dict), model)
-
-
-def _create_xvit_pyramid(variant: str, pretrained: bool = False, **kwargs: Any) -> XNormPyramid:
-    out_indices = kwargs.pop('out_indices', (0, 1, 2, 3))
-    return build_model(
-        XNormPyramid,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
-
-
-def _cfg(**kwargs: Any) -> dict[str, Any]:
-    return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        'origin_url': None,
-        'paper_ids': 'arXiv:2205.13805',
-        'paper_name': 'X-ViT: High Performance Linear Vision Transformer without Softmax',
-        **kwargs,
-    }
-
+_cfg = partial(
+    base_cfg, paper_ids='arXiv:2205.13805',
+    paper_name='X-ViT: High Performance Linear Vision Transformer without Softmax')
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

@@ -2,11 +2,12 @@
 import argparse
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from PIL import Image
-from timm.data import ImageDataset, create_dataset
+from timm.data import ImageDataset, create_dataset, create_loader
 
 from ._script import UsageError, suggest
 
@@ -121,3 +122,22 @@ def check_classes(dataset: torch.utils.data.Dataset, split: str, num_classes: in
         raise UsageError(
             f'split {split} has {found} classes and the head of the model {num_classes}: give --num-classes {found}, '
             f'or other data')
+
+
+def evaluation_loader(
+        dataset: torch.utils.data.Dataset,
+        config: Mapping[str, Any],
+        args: argparse.Namespace,
+        device: torch.device,
+) -> torch.utils.data.DataLoader:
+    """timm's loader for evaluation, with a data config and the loader flags."""
+    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
+    return create_loader(
+        dataset,
+        batch_size=args.batch_size,
+        use_prefetcher=not args.no_prefetcher,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        **{name: config[name] for name in names},
+    )

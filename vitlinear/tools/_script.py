@@ -77,7 +77,7 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f', did you mean {" or ".join(near)}?' if near else ''
 
 
-def _whole(value: str, least: int) -> int:
+def _int_from(least: int, value: str) -> int:
     try:
         number = int(value)
     except ValueError:
@@ -88,11 +88,11 @@ def _whole(value: str, least: int) -> int:
 
 
 def natural_int(value: str) -> int:
-    return _whole(value, 0)
+    return _int_from(0, value)
 
 
 def positive_int(value: str) -> int:
-    return _whole(value, 1)
+    return _int_from(1, value)
 
 
 class Parser(argparse.ArgumentParser):
@@ -313,6 +313,20 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bo
         return state_dict
 
     load_checkpoint(model, path, use_ema, filter_fn=filter_fn)
+
+
+def check_checkpoint(args: argparse.Namespace) -> None:
+    if args.checkpoint and not os.path.isfile(args.checkpoint):
+        raise UsageError(f'checkpoint {args.checkpoint} does not exist')
+
+
+def create_with_weights(args: argparse.Namespace, pretrained: bool) -> nn.Module:
+    """The model with the published weights, or with those of `--checkpoint`."""
+    model = create_model(args, pretrained=pretrained)
+    if args.checkpoint:
+        with usage_errors(f'checkpoint {args.checkpoint}'):
+            load_weights(model, args.checkpoint, args.use_ema, new_head=False)
+    return model
 
 
 def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> dict[str, Any]:

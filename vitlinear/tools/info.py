@@ -85,7 +85,7 @@ def family_of(architecture: str) -> Family:
 
 
 @cache
-def noted() -> dict[str, dict[str, Any]]:
+def architecture_facts() -> dict[str, dict[str, Any]]:
     """Contents of architectures.json."""
     return json.loads(ARCHITECTURES.read_text(encoding='utf-8'))
 
@@ -99,7 +99,7 @@ def count(name: str) -> tuple[int, int]:
 
 def published(architecture: str) -> Accuracy | None:
     """Top-1 accuracy that the paper or its authors state for an architecture."""
-    said = noted().get(architecture, {}).get('published')
+    said = architecture_facts().get(architecture, {}).get('published')
     return Accuracy(said['top1'], said['dataset'], said['source'], said['url']) if said else None
 
 
@@ -141,7 +141,7 @@ def find_model(name: str) -> Model:
 
     cfg = timm.get_pretrained_cfg(name)
     record = find_record(name)
-    notes, is_default = noted().get(architecture, {}), cfg == timm.get_pretrained_cfg(architecture)
+    notes, is_default = architecture_facts().get(architecture, {}), cfg == timm.get_pretrained_cfg(architecture)
     accuracy = published(architecture) if is_default else None
     if record:
         accuracy = measured(record)

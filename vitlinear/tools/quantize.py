@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.data import create_loader, create_transform
+from timm.data import create_transform
 from torch import nn
 
 import vitlinear
@@ -205,14 +205,10 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f'--output {args.output} must end in .onnx')
     if not args.output.parent.is_dir():
         raise UsageError(f'--output {args.output}: there is no folder {args.output.parent}')
-    if args.checkpoint and not os.path.isfile(args.checkpoint):
-        raise UsageError(f'checkpoint {args.checkpoint} does not exist')
+    _script.check_checkpoint(args)
     utils.random_seed(args.seed)
     torch.set_num_threads(args.threads)
-    model = _script.create_model(args, pretrained=not args.checkpoint).eval()
-    if args.checkpoint:
-        with usage_errors(f'checkpoint {args.checkpoint}'):
-            _script.load_weights(model, args.checkpoint, args.use_ema, new_head=False)
+    model = _script.create_with_weights(args, pretrained=not args.checkpoint).eval()
     device, autocast = torch.device('cpu'), _script.autocast_for(args, torch.device('cpu'))
     config = _script.data_config_for(model, args, use_test_size=True)
     channels = config['input_size'][0]
@@ -220,20 +216,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
     known = _datasets.open_dataset(args, args.calibration_split, channels)
     _script.check_forward(model, config['input_size'], device, autocast)
-    loader = create_loader(
-        dataset,
-        input_size=config['input_size'],
-        batch_size=args.batch_size,
-        use_prefetcher=not args.no_prefetcher,
-        interpolation=config['interpolation'],
-        mean=config['mean'],
-        std=config['std'],
-        num_workers=args.workers,
-        crop_pct=config['crop_pct'],
-        crop_mode=config['crop_mode'],
-        pin_memory=args.pin_mem,
-        device=device,
-    )
+    loader = _datasets.evaluation_loader(dataset, config, args, device)
     batches = calibration_batches(known, config, args.calibration_images, args.batch_size, args.seed)
 
     with tempfile.TemporaryDirectory(dir=args.output.parent, prefix=f'.{args.output.name}.') as folder:

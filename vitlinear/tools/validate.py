@@ -9,7 +9,6 @@ with the model unless they are given. The last line of the output is the result.
 import argparse
 import csv
 import json
-import os
 import sys
 import time
 from collections import OrderedDict
@@ -18,12 +17,11 @@ from typing import Any
 
 import torch
 from timm import utils
-from timm.data import create_loader
 
 import vitlinear  # noqa: F401  registers the models
 
 from . import _datasets, _script
-from ._script import Progress, UsageError, positive_int, usage_errors
+from ._script import Progress, positive_int, usage_errors
 
 # Destinations of the flags of timm's validate.py that are left out, with timm's defaults.
 UNSUPPORTED = {
@@ -82,32 +80,15 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if device.type == 'cuda':
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.benchmark = True
-    if args.checkpoint and not os.path.isfile(args.checkpoint):
-        raise UsageError(f'checkpoint {args.checkpoint} does not exist')
+    _script.check_checkpoint(args)
     utils.random_seed(args.seed)
     autocast = _script.autocast_for(args, device)
-    model = _script.create_model(args, pretrained=args.pretrained or not args.checkpoint)
-    if args.checkpoint:
-        with usage_errors(f'checkpoint {args.checkpoint}'):
-            _script.load_weights(model, args.checkpoint, args.use_ema, new_head=False)
+    model = _script.create_with_weights(args, pretrained=args.pretrained or not args.checkpoint)
     params = sum(p.numel() for p in model.parameters())
     data_config = _script.data_config_for(model, args, use_test_size=True)
     dataset = _datasets.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
     _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
-    loader = create_loader(
-        dataset,
-        input_size=data_config['input_size'],
-        batch_size=args.batch_size,
-        use_prefetcher=not args.no_prefetcher,
-        interpolation=data_config['interpolation'],
-        mean=data_config['mean'],
-        std=data_config['std'],
-        num_workers=args.workers,
-        crop_pct=data_config['crop_pct'],
-        crop_mode=data_config['crop_mode'],
-        pin_memory=args.pin_mem,
-        device=device,
-    )
+    loader = _datasets.evaluation_loader(dataset, data_config, args, device)
     model.to(device=device)
     if args.channels_last:
         model.to(memory_format=torch.channels_last)
