@@ -29,16 +29,11 @@ def check_heads(dim: int, num_heads: int, name: str = 'dim') -> int:
     return dim // num_heads
 
 
-def stack_heads(x: torch.Tensor, parts: int, num_heads: int) -> torch.Tensor:
-    """(B, ..., parts * heads * d) to (parts, B, heads, N, d); several heads come apart in one pass over memory."""
+def split_heads(x: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tensor]:
+    """(B, ..., parts * heads * d) to (B, heads, N, d), a list of `parts`; several heads come apart in one pass."""
     x = x.flatten(1, -2)
     x = x.unflatten(2, [parts, num_heads, x.shape[2] // (parts * num_heads)]).permute(2, 0, 3, 1, 4)
-    return x.contiguous() if num_heads > 1 else x
-
-
-def split_heads(x: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tensor]:
-    """As `stack_heads`, the parts (B, heads, N, d) in a list."""
-    return stack_heads(x, parts, num_heads).unbind(0)
+    return (x.contiguous() if num_heads > 1 else x).unbind(0)
 
 
 def merge_heads(x: torch.Tensor) -> torch.Tensor:

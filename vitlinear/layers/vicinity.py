@@ -6,7 +6,7 @@ from torch import nn
 from ..ops import clamp_magnitude, vicinity_attention
 from ..ops._numerics import check_choice
 from ..ops.primitives.tokens.positions import LOCALITIES
-from ._common import check_heads, merge_heads, stack_heads
+from ._common import check_heads, merge_heads, split_heads
 
 
 class FeaturePreservingConnection(nn.Module):
@@ -75,12 +75,10 @@ class VicinityAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""
         size = [x.shape[1], x.shape[2]]
-        qkv = stack_heads(self.qkv(x), 3, self.num_heads).unflatten(3, size)
-        q, k = F.relu(qkv[:2]).unbind(0)
-        y = vicinity_attention(q, k, qkv[2], self.locality, self.clamp, self.eps)
+        q, k, v = split_heads(self.qkv(x), 3, self.num_heads)
+        q, k, v = F.relu(q).unflatten(2, size), F.relu(k).unflatten(2, size), v.unflatten(2, size)
+        y = vicinity_attention(q, k, v, self.locality, self.clamp, self.eps)
         y = self.proj(merge_heads(y.flatten(2, 3)).unflatten(1, size))
-        gate = self.fpc(x.mean(dim=(1, 2), keepdim=True))
-        y = clamp_magnitude(y) if self.clamp else y
-        y = torch.addcmul(y, y, gate)
-        # after the gate only the upper bound can be met: |y| >= 1e-4 or y = 0 before, and 1 + gate exceeds 1
-        return y.clamp(-1e4, 1e4) if self.clamp else y
+        gate = 1 + self.fpc(x.mean(dim=(1, 2), keepdim=True))
+        # after the gate only the upper bound can be met: |y| >= 1e-4 or y = 0 before, and the gate exceeds 1
+        return (clamp_magnitude(y) * gate).clamp(-1e4, 1e4) if self.clamp else y * gate
