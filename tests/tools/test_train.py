@@ -233,6 +233,39 @@ def test_half_written_checkpoint_replaces_nothing(fit, monkeypatch, capsys):
     assert f'--resume {folder / "last.pth.tar"}' in capsys.readouterr().err
 
 
+@pytest.mark.parametrize('changed', [
+    dict(checkpoint_files=[('checkpoint-0.pth.tar', 99.), ('{outside}', -5.)]),
+    dict(checkpoint_files=[('../secret.pth.tar', 1000.)], best_metric=1000.),
+    dict(checkpoint_files=[('checkpoint-0.pth.tar/../../secret.pth.tar', 1000.)]),
+    dict(checkpoint_files=[('last.pth.tar', 1.)]),
+    dict(checkpoint_files=[('checkpoint-0.pth.tar\n', 1.)]),
+    dict(checkpoint_files='checkpoint-0.pth.tar'),
+    dict(checkpoint_files=[('checkpoint-0.pth.tar', 'good')]),
+    dict(pending=('/../../secret', 5.)),
+    dict(pending=(-1, 5.)),
+    dict(pending=(0, float('nan'))),
+    dict(best_epoch='0'),
+    dict(best_metric='good'),
+    dict(pending=None),
+])
+def test_history_names_no_other_files(fit, tmp_path, capsys, changed: dict[str, Any]):
+    """The saver deletes, links and overwrites what the history in a checkpoint names: its own run's files alone."""
+    folder, secret = fit('a', '--checkpoint-hist', '2'), tmp_path / 'secret.pth.tar'
+    secret.write_bytes(b'secret')
+    if changed.get('checkpoint_files', '')[-1:] == [('{outside}', -5.)]:
+        changed = {**changed, 'checkpoint_files': [('checkpoint-0.pth.tar', 99.), (str(secret), -5.)]}
+    last = folder / 'last.pth.tar'
+    checkpoint = torch.load(last, weights_only=False)
+    checkpoint['saver'].update(changed)
+    torch.save(checkpoint, last)
+    before = {p.name: p.read_bytes() for p in folder.iterdir()}
+    capsys.readouterr()
+    fit('a', '--checkpoint-hist', '2', '--epochs', '4', '--resume', str(last), expect=2)
+    error = capsys.readouterr().err
+    assert 'the history of the run has' in error and 'which must be' in error and 'Traceback' not in error
+    assert secret.read_bytes() == b'secret' and {p.name: p.read_bytes() for p in folder.iterdir()} == before
+
+
 def test_interrupt_says_how_to_go_on(data, tmp_path):
     argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '99']
     process = start(*argv, '-j', '1', '--log-interval', '1')

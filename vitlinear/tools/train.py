@@ -12,6 +12,7 @@ import argparse
 import importlib
 import math
 import os
+import re
 import sys
 import time
 from collections import OrderedDict
@@ -128,6 +129,36 @@ def set_lr(args: argparse.Namespace) -> None:
     args.lr = args.lr_base * (ratio ** 0.5 if args.lr_base_scale == 'sqrt' else ratio)
 
 
+def check_history(history: Any) -> None:
+    """Raise UsageError unless the history in a checkpoint speaks of checkpoints in the folder of its run alone.
+
+    The saver links, overwrites and deletes the files that it names.
+    """
+    def is_metric(x: Any) -> bool:
+        return x is None or (isinstance(x, (int, float)) and not isinstance(x, bool) and math.isfinite(x))
+
+    def is_epoch(x: Any) -> bool:
+        return isinstance(x, int) and not isinstance(x, bool) and x >= 0
+
+    def need(condition: bool, name: str, value: Any, valid: str) -> None:
+        if not condition:
+            raise UsageError(f'the history of the run has {name} {value!r:.80}, which must be {valid}')
+
+    need(isinstance(history, dict), 'the form', history, 'a dict')
+    pending = history.get('pending')
+    need(isinstance(pending, (list, tuple)) and len(pending) == 2 and is_epoch(pending[0]) and is_metric(pending[1]),
+         'pending', pending, 'an epoch and a metric')
+    files = history.get('checkpoint_files')
+    need(isinstance(files, (list, tuple)), 'checkpoint_files', files, 'a list')
+    for entry in files:
+        need(isinstance(entry, (list, tuple)) and len(entry) == 2 and isinstance(entry[0], str)
+             and re.fullmatch(r'checkpoint-[0-9]{1,9}\.pth\.tar', entry[0]) is not None and is_metric(entry[1]),
+             'the checkpoint', entry, "a name like 'checkpoint-0.pth.tar' and a metric")
+    best_epoch, best_metric = history.get('best_epoch'), history.get('best_metric')
+    need(best_epoch is None or is_epoch(best_epoch), 'best_epoch', best_epoch, 'an epoch')
+    need(is_metric(best_metric), 'best_metric', best_metric, 'a finite number')
+
+
 def read_resume(args: argparse.Namespace) -> dict[str, Any]:
     """Everything but the tensors of the --resume file, or what is wrong with it."""
     if not os.path.isfile(args.resume):
@@ -142,6 +173,11 @@ def read_resume(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f'--resume {args.resume}: not a training checkpoint (weights alone: --initial-checkpoint)')
     if checkpoint.get('arch', args.model).partition('.')[0] != args.model.partition('.')[0]:
         raise UsageError(f'--resume {args.resume}: a checkpoint of {checkpoint["arch"]}, not of {args.model}')
+    if checkpoint.get('saver') is not None:
+        try:
+            check_history(checkpoint['saver'])
+        except UsageError as e:
+            raise UsageError(f'--resume {args.resume}: {e}') from None
     return checkpoint
 
 
