@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from torch import nn
 
+from ..ops._numerics import check_choice
 from .linear import LinearAttention, SoftmaxAttention
 from .linear_angular import LinearAngularAttention
 from .qna import QnAAttention
@@ -49,6 +50,5 @@ def get_attention_layer(attn_layer: str | Callable[..., nn.Module]) -> Callable[
     """
     if not isinstance(attn_layer, str):
         return attn_layer
-    if attn_layer not in ATTENTION_LAYERS:
-        raise ValueError(f"Unknown attn_layer '{attn_layer}', expected one of {', '.join(sorted(ATTENTION_LAYERS))}.")
+    check_choice('attn_layer', attn_layer, sorted(ATTENTION_LAYERS))
     return ATTENTION_LAYERS[attn_layer]

@@ -117,15 +117,9 @@ class PyramidStage(Stage):
         embed = PatchEmbed(in_dim, dim, **dd) if downsample else nn.Identity()
         super().__init__(embed, [
             Block(
-                dim,
-                attn,
-                mlp_ratio=mlp_ratio,
-                proj_drop=proj_drop,
-                drop_path=rate,
-                act_layer=act_layer,
-                norm_layer=norm_layer,
-                **dd,
-            ) for attn, rate in zip(attn_layers, drop_path, strict=True)])
+                dim, attn, mlp_ratio=mlp_ratio, proj_drop=proj_drop, drop_path=rate, act_layer=act_layer,
+                norm_layer=norm_layer, **dd)
+            for attn, rate in zip(attn_layers, drop_path, strict=True)])
         self.norm = norm_layer(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -45,7 +45,7 @@ class CastlingMultiScaleAttention(LinearAngular):
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_heads, **kwargs, **dd)
         self.dim_out = dim_out
-        self.head_dim = dim_out // num_heads
+        self.head_dim = self.value_dim = dim_out // num_heads
         self.stride = stride
         self.residual_pooling = residual_pooling
         self.qkv = nn.Linear(dim, 3 * dim_out, bias=qkv_bias, **dd)
@@ -57,30 +57,23 @@ class CastlingMultiScaleAttention(LinearAngular):
         self.pool_k, self.norm_k = conv(), norm_layer(self.head_dim, **dd)
         self.pool_v, self.norm_v = conv(), norm_layer(self.head_dim, **dd)
 
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.dim_out
-
     def _pool(self, x: torch.Tensor, weight: torch.Tensor, feat_size: list[int]) -> torch.Tensor:
-        """Tokens (B, N, C) to a pooled map (B, H', W', C) with the convolution that all heads share."""
+        """Tokens (B, N, C) to a pooled map (B, H', W', heads, d) with the convolution that all heads share."""
         pad = weight.shape[2] // 2
         x = x.reshape(x.shape[0], feat_size[0], feat_size[1], self.dim_out).permute(0, 3, 1, 2)
         x = F.conv2d(
             x, weight.repeat(self.num_heads, 1, 1, 1), None, [self.stride, self.stride], [pad, pad], [1, 1],
             self.dim_out)
-        return x.permute(0, 2, 3, 1)
+        return x.permute(0, 2, 3, 1).unflatten(3, [self.num_heads, self.head_dim])
 
     def forward(self, x: torch.Tensor, feat_size: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Tokens (B, H * W, C) and [H, W] to tokens (B, H' * W', C') and [H', W']."""
-        B = x.shape[0]
         q, k, v = self.qkv(x).split(self.dim_out, dim=2)
-        q = self._pool(q, self.pool_q.weight, feat_size)
-        k = self._pool(k, self.pool_k.weight, feat_size)
-        v = self._pool(v, self.pool_v.weight, feat_size)
+        q = self.norm_q(self._pool(q, self.pool_q.weight, feat_size))
+        k = self.norm_k(self._pool(k, self.pool_k.weight, feat_size)).flatten(1, 2).transpose(1, 2)
+        v = self.norm_v(self._pool(v, self.pool_v.weight, feat_size)).flatten(1, 2).transpose(1, 2)
         H, W = q.shape[1], q.shape[2]
-        q = self.norm_q(q.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
-        k = self.norm_k(k.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
-        v = self.norm_v(v.reshape(B, H * W, self.num_heads, self.head_dim)).transpose(1, 2)
+        q = q.flatten(1, 2).transpose(1, 2)
         x = self.attend(q, k, v, (H, W))
         if self.residual_pooling:
             x = x + q
@@ -117,16 +110,12 @@ class CastlingTokenAttention(LinearAngular):
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_heads, **kwargs, **dd)
-        self.head_dim = dim // num_heads
+        self.head_dim = self.value_dim = dim // num_heads
         self.num_prefix_tokens = num_prefix_tokens
         self.grid: tuple[int, int] | None = None  # for what needs one; set where the image size is fixed
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, bias=proj_bias, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.num_heads * self.head_dim
 
     def forward(
             self,

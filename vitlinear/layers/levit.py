@@ -11,15 +11,9 @@ from .linear_angular import LinearAngular
 
 
 class PointwiseNorm(ConvNorm):
-    """LeViT's 1x1 convolution with batch norm."""
+    """LeViT's 1x1 convolution with batch norm, whose scale starts at `bn_weight_init`."""
 
     def __init__(self, dim: int, dim_out: int, bn_weight_init: float = 1., device=None, dtype=None):
-        """
-        Args:
-            dim: Channels of the map.
-            dim_out: Channels of the new map.
-            bn_weight_init: Initial scale of the batch norm.
-        """
         super().__init__(dim, dim_out, bn_weight_init=bn_weight_init, device=device, dtype=dtype)
 
     def fuse(self) -> 'PointwiseNorm':
@@ -67,10 +61,6 @@ class LevitAttention(LinearAngular):
         self.qkv = PointwiseNorm(dim, (2 * key_dim + value_dim) * num_heads, **dd)
         self.proj = _levit_proj(value_dim * num_heads, dim, act_layer, 0., **dd)
 
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.num_heads * self.value_dim
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C, H, W)."""
         B, _, H, W = x.shape
@@ -101,13 +91,8 @@ class LevitAttentionDownsample(LinearAngular):
     ):
         """
         Args:
-            dim: Channels of the map.
             dim_out: Channels of the new map.
-            key_dim: Channels of queries and keys of each head.
-            value_dim: Channels of values of each head.
-            num_heads: Attention heads.
-            act_layer: Activation before the output projection.
-            kwargs: As for `LinearAngular`.
+            dim, key_dim, value_dim, num_heads, act_layer, kwargs: As for `LevitAttention`.
         """
         dd = {'device': device, 'dtype': dtype}
         super().__init__(num_heads, **kwargs, **dd)
@@ -119,10 +104,6 @@ class LevitAttentionDownsample(LinearAngular):
             ('ln', PointwiseNorm(dim, key_dim * num_heads, **dd)),
         ]))
         self.proj = _levit_proj(value_dim * num_heads, dim_out, act_layer, 1., **dd)
-
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.num_heads * self.value_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C', ceil(H / 2), ceil(W / 2))."""

@@ -14,12 +14,6 @@ CONVS = ('1d', '2d')
 AUX_MODES = ('off', 'train', 'always')
 
 
-def check_aux_mode(mode: str) -> str:
-    """The mode of an auxiliary branch, checked."""
-    check_choice('aux mode', mode, AUX_MODES)
-    return mode
-
-
 class MaskedSoftmax(nn.Module):
     """The auxiliary branch of linear-angular attention. It has no parameters and no entry in the state dict.
 
@@ -60,7 +54,8 @@ class MaskedSoftmax(nn.Module):
         for name, value in (('max_keys', max_keys), ('chunk', chunk)):
             if value is not None and value < 1:
                 raise ValueError(f'{name}={value} must be positive, or None.')
-        self.mode = check_aux_mode(mode)
+        check_choice('aux mode', mode, AUX_MODES)
+        self.mode = mode
         self.initial_threshold = threshold
         self.kappa = float(kappa)
         self.max_keys = max_keys
@@ -77,9 +72,7 @@ class MaskedSoftmax(nn.Module):
         self.ramp.fill_(0.)
         self.weight.fill_(1.)
 
-    def init_non_persistent_buffers(self) -> None:
-        """As `reset_parameters`; timm's name for it."""
-        self.reset_parameters()
+    init_non_persistent_buffers = reset_parameters  # timm's name for it
 
     def is_on(self) -> bool:
         """Whether the branch takes part in the layer's output."""
@@ -142,8 +135,9 @@ class MaskedSoftmax(nn.Module):
 class LinearAngular(nn.Module):
     """What linear-angular attention needs besides its projections: the convolution and the auxiliary branch.
 
-    Layers with other projections, of other backbones, derive from it and call `attend`.
+    Layers with other projections, of other backbones, derive from it, set `value_dim` and call `attend`.
     """
+    value_dim: int  # channels of the values of each head
 
     def __init__(
             self,
@@ -168,11 +162,7 @@ class LinearAngular(nn.Module):
             conv: '1d', along the tokens in row-major order, prefix tokens included, as published; or '2d', on the grid.
             ref_keys: Number of keys for which the layer is as published. With others, the sum over keys counts as if
                 there were as many; None for never.
-            aux_mode: 'off', 'train' or 'always', see `MaskedSoftmax`.
-            aux_threshold: Weights up to this size do not count.
-            aux_kappa: Raises the threshold to kappa over the number of keys.
-            aux_max_keys: Keys to average the grid's down to in the auxiliary branch, None for never.
-            aux_chunk: Queries whose auxiliary weights are kept at a time, None for all.
+            aux_mode, aux_threshold, aux_kappa, aux_max_keys, aux_chunk: The auxiliary branch, see `MaskedSoftmax`.
             attn_drop: Dropout of the auxiliary weights.
             softmax: Softmax attention in the place of all this, cheaper for fewer keys than channels of a head.
 
@@ -221,15 +211,14 @@ class LinearAngular(nn.Module):
         """Repeat the kernel of each head for its channels, once instead of in each call. Its state dict is another."""
         channels = self.value_channels()
         if self.dconv is not None and self.dconv.out_channels != channels:
-            conv = nn.Conv2d(
-                channels, channels, self.dconv.kernel_size, groups=channels, bias=False, device='meta')
+            conv = nn.Conv2d(channels, channels, self.dconv.kernel_size, groups=channels, bias=False, device='meta')
             weight = self.dconv.weight.detach().repeat_interleave(channels // self.num_heads, dim=0)
             conv.weight = nn.Parameter(weight, requires_grad=self.dconv.weight.requires_grad)
             self.dconv = conv.train(self.training)
 
     def value_channels(self) -> int:
         """Channels of the values, of all heads."""
-        raise NotImplementedError
+        return self.num_heads * self.value_dim
 
 
 class LinearAngularAttention(LinearAngular):
@@ -262,14 +251,10 @@ class LinearAngularAttention(LinearAngular):
         dd = {'device': device, 'dtype': dtype}
         head_dim = check_heads(dim, num_heads)
         super().__init__(num_heads, **kwargs, **dd)
-        self.head_dim = head_dim
+        self.head_dim = self.value_dim = head_dim
         self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
-
-    def value_channels(self) -> int:
-        """Channels of the values, of all heads."""
-        return self.num_heads * self.head_dim
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, H, W, C) to (B, H, W, C)."""

@@ -3,7 +3,7 @@ import math
 from functools import partial
 
 import torch
-from timm.layers import get_device_dtype
+from timm.layers import get_device_dtype, to_2tuple
 from torch import nn
 
 from ..ops._dispatch import scripts_as
@@ -43,6 +43,14 @@ def check_drop_path(rate: float) -> None:
         raise ValueError(f'drop_path_rate={rate} must lie in [0, 1).')
 
 
+def check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    """Height and width of the images of a side, or of a height and width; ValueError unless both are positive."""
+    H, W = to_2tuple(img_size)
+    if H < 1 or W < 1:
+        raise ValueError(f'img_size={img_size} must be positive.')
+    return H, W
+
+
 def check_num_classes(num_classes: int) -> None:
     """Raise ValueError where `num_classes` is negative."""
     if num_classes < 0:
@@ -77,7 +85,7 @@ class ImageModel(nn.Module):
     """A classifier of images with timm's contract: head, pooling, intermediate maps, initialisation, checkpointing.
 
     The layers are the derived class's: `patch_embed`; the modules whose outputs are the intermediate maps, in an
-    `nn.Sequential` of the name `parts`; `norm`; `feature_info`; and `forward_features` and `forward_head`. Its
+    `nn.Sequential` of the name `parts`; `norm`; `feature_info`; and `forward_features`, `forward_head`, `forward`. Its
     constructor calls this one first, and `_add_head` and `init_weights(needs_reset=False)` last.
     """
     parts = 'stages'
@@ -268,7 +276,3 @@ class ImageModel(nn.Module):
         if prune_head or unfit:
             self.reset_classifier(0, '')
         return take_indices
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        return self.forward_head(self.forward_features(x))

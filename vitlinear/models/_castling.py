@@ -4,18 +4,20 @@ Documented in arXiv 2211.10526: the branch, a softmax of large weights alone, wh
 gone at inference. Ours: that the threshold is relative to the number of keys, the ramp, and the checks of the switch.
 """
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import to_2tuple
 from torch import nn
 
 from ..inference.fold import reparameterize
-from ..layers.linear_angular import LinearAngular, check_aux_mode
+from ..layers.linear_angular import AUX_MODES, LinearAngular
+from ..ops._numerics import check_choice
 from ..zoo.families import Family
+from ._base import check_img_size
 from ._timm import base_cfg
 from ._weights import fit, unwrap
 
@@ -25,9 +27,8 @@ FAMILY = Family(
     name='castling_vit',
     title='Castling-ViT',
     paper=(
-        'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision '
-        'Transformer Inference'
-    ),
+        'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer '
+        'Inference'),
     url='https://arxiv.org/abs/2211.10526',
     text=(
         'Linear-angular attention in the place of softmax attention in LeViT, MViTv2, PVTv2 and DeiT, with an '
@@ -37,18 +38,14 @@ FAMILY = Family(
         "attentions are replaced, and the widths of LeViT's keys. In the PVTv2 models the layout (softmax in the "
         'last stage) follows later code of the same group. castling_nano is ours, for small images.'
     ),
-    bibtex=(
-        '@inproceedings{you2023castling,\n'
-        '  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular '
-        'Attention at Vision Transformer\n'
-        '    Inference},\n'
-        '  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and '
-        'Haoqi Fan and Peter Vajda\n'
-        '    and Yingyan Lin},\n'
-        '  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},\n'
-        '  pages={14431--14442}, year={2023}\n'
-        '}'
-    ),
+    bibtex='''@inproceedings{you2023castling,
+  title={Castling-{ViT}: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
+    Inference},
+  author={Haoran You and Yunyang Xiong and Xiaoliang Dai and Bichen Wu and Peizhao Zhang and Haoqi Fan and Peter Vajda
+    and Yingyan Lin},
+  booktitle={IEEE/CVF Conference on Computer Vision and Pattern Recognition},
+  pages={14431--14442}, year={2023}
+}''',
 )
 
 # Training steps between two looks at whether the ramp is over, on devices for which a look is a wait.
@@ -110,7 +107,7 @@ class Castling:
             ValueError: A value is out of range; nothing is changed then.
         """
         if mode is not None:
-            check_aux_mode(mode)
+            check_choice('aux mode', mode, AUX_MODES)
         if threshold is not None and not 0. <= threshold <= 1.:
             raise ValueError(f'threshold={threshold} must lie in [0, 1].')
         if ramp is not None and not 0. <= ramp <= 1.:
@@ -139,33 +136,27 @@ class Castling:
         """
         self._follow_schedule()  # a loaded state dict or a moving average brings the count alone
         layers = self.castling_layers()
-        sums: dict[str, dict[str, float]] = {name: {} for name in layers}
+        sums: dict[str, Counter] = {name: Counter() for name in layers}
         handles: list[Any] = []
 
-        def add(name: str, stats: dict[str, float]) -> None:
-            for k, v in stats.items():
-                sums[name][k] = sums[name].get(k, 0.) + v
+        def count_entries(name: str, aux: nn.Module, args: tuple[Any, ...]) -> None:
+            sums[name].update(aux.stats(*args))
 
-        def count_entries(name: str) -> Callable[..., None]:
-            return lambda aux, args: add(name, aux.stats(*args))
-
-        def measure_gap(name: str) -> Callable[..., None]:
-            def hook(layer: LinearAngular, args: tuple[Any, ...], out: Any) -> None:
-                layer.aux.mode = 'off'
-                without = _tensor(layer.forward(*args))
-                layer.aux.mode = 'always'
-                norm = torch.linalg.vector_norm(_tensor(out).float())
-                gap = torch.linalg.vector_norm((_tensor(out) - without).float()) / norm.clamp(min=1e-30)
-                add(name, dict(gap=gap.item()))
-            return hook
+        def measure_gap(name: str, layer: LinearAngular, args: tuple[Any, ...], out: Any) -> None:
+            layer.aux.mode = 'off'
+            without = _tensor(layer.forward(*args))
+            layer.aux.mode = 'always'
+            norm = torch.linalg.vector_norm(_tensor(out).float())
+            gap = torch.linalg.vector_norm((_tensor(out) - without).float()) / norm.clamp(min=1e-30)
+            sums[name].update(gap=gap.item())
 
         count = 0
         try:
             with _evaluating(self):
                 for name, layer in layers.items():
                     layer.aux.mode = 'always'
-                    handles.append(layer.aux.register_forward_pre_hook(count_entries(name)))
-                    handles.append(layer.register_forward_hook(measure_gap(name)))
+                    handles.append(layer.aux.register_forward_pre_hook(partial(count_entries, name)))
+                    handles.append(layer.register_forward_hook(partial(measure_gap, name)))
                 for batch in [batches] if isinstance(batches, torch.Tensor) else batches:
                     self(batch if isinstance(batch, torch.Tensor) else batch[0])
                     count += 1
@@ -378,9 +369,7 @@ class LayerFactory:
         """
         if softmax_below < 0:
             raise ValueError(f'softmax_below={softmax_below} must not be negative.')
-        self.img_size = to_2tuple(img_size)
-        if min(self.img_size) < 1:
-            raise ValueError(f'img_size={img_size} must be positive.')
+        self.img_size = check_img_size(img_size)
         self.softmax_below = softmax_below
         self.scale_with_size = scale_with_size
         self.attn_kwargs = {'aux_kappa': 2., **(attn_kwargs or {})}
@@ -407,16 +396,8 @@ def filter_checkpoint(
     """Take a state dict of ours unchanged, or one of the same backbone with softmax attention to start training from.
 
     The latter has no convolutions of the values: the model keeps its own. What only softmax attention uses is left out.
-    A classifier for another number of classes than the model's is replaced by the model's own, with a warning.
-
-    Args:
-        state_dict: Weights or a container of them.
-        model: The model to load them into.
-        from_host: Brings weights of the backbone with softmax attention under our names.
-        stem: Name of the first convolution.
-
-    Raises:
-        ValueError: The weights belong to another architecture or another variant, or some are missing.
+    Arguments and errors are those of `fit`, and `from_host` brings weights of the backbone with softmax attention under
+    our names.
     """
     # a schedule counts the steps of its own training, see `Castling.schedule_castling`
     state_dict = {k: v for k, v in unwrap(state_dict).items() if k != 'castling_step'}

@@ -78,9 +78,7 @@ class HierarchicalModel(ImageModel):
             embed_dims: Channels of each stage.
             patch_stride: Stride of the stem.
             norm: Norm of the last map as (B, H, W, C), None where stages end in their own.
-            in_chans: Channels of the input images.
-            num_classes: Classes of the head, 0 for none.
-            global_pool: 'avg', or '' to leave the last map unpooled.
+            in_chans, num_classes, global_pool: As for `ImageModel`.
             drop_rate: Dropout before the classifier.
         """
         super().__init__(in_chans, num_classes, global_pool, embed_dims[-1])
@@ -108,22 +106,19 @@ class HierarchicalModel(ImageModel):
             ]
         return dict(stem=r'^patch_embed', blocks=blocks)
 
-    def _forward_norm(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
-
     def _to_map(self, x: torch.Tensor, norm: bool) -> torch.Tensor:
-        return self._forward_norm(x) if norm else x
+        return self._to_features(x) if norm else x
 
     def _to_features(self, x: torch.Tensor) -> torch.Tensor:
-        return self._forward_norm(x)
+        return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
     def forward_features(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to the last map (B, num_features, H', W')."""
         check_input(x, self.in_chans)
         if not torch.jit.is_scripting():
             if inference.applies(self, x):
-                return self._forward_norm(inference.run((self.patch_embed, *self.stages), x))
-        return self._forward_norm(self.stages(self.patch_embed(x)))
+                return self._to_features(inference.run((self.patch_embed, *self.stages), x))
+        return self._to_features(self.stages(self.patch_embed(x)))
 
     def forward_head(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
         """Pool and classify a map (B, num_features, H', W').
@@ -139,7 +134,7 @@ class HierarchicalModel(ImageModel):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        # not left to the base class: torch.fx looks for functions that it does not trace where `forward` is defined
+        # not in the base class: torch.fx looks for functions that it does not trace where `forward` is defined
         return self.forward_head(self.forward_features(x))
 
 
@@ -205,24 +200,9 @@ class Pyramid(HierarchicalModel):
         for i, dim in enumerate(embed_dims):
             attn_layers = [attn_layer[i](dim, num_heads[i], **(attn_kwargs or {}), **dd) for _ in range(depths[i])]
             stages.append(PyramidStage(
-                embed_dims[max(i - 1, 0)],
-                dim,
-                attn_layers,
-                downsample=i > 0,
-                mlp_ratio=mlp_ratios[i],
-                proj_drop=proj_drop_rate,
-                drop_path=drop_path[i],
-                act_layer=act_layer,
-                **dd,
-            ))
+                embed_dims[max(i - 1, 0)], dim, attn_layers, downsample=i > 0, mlp_ratio=mlp_ratios[i],
+                proj_drop=proj_drop_rate, drop_path=drop_path[i], act_layer=act_layer, **dd))
         super().__init__(
-            PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
-            stages,
-            embed_dims,
-            patch_stride=patch_stride,
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
-        )
+            PatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd), stages, embed_dims,
+            patch_stride=patch_stride, in_chans=in_chans, num_classes=num_classes, global_pool=global_pool,
+            drop_rate=drop_rate, **dd)

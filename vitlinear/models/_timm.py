@@ -1,4 +1,4 @@
-"""Everything this package takes from timm's private modules, and model creation with errors worth reading.
+"""Everything this package takes from timm's private modules; cfgs, entry points, and errors worth reading.
 
 timm may rename what starts with an underscore: this is the only file such a rename touches.
 """
@@ -209,17 +209,10 @@ def build_model(
 def base_cfg(**kwargs: Any) -> dict[str, Any]:
     """The pretrained cfg of a pyramid of ours at 224 pixels, with the entries of a family or tag."""
     return {
-        'num_classes': 1000,
-        'input_size': (3, 224, 224),
-        'pool_size': (7, 7),
-        'crop_pct': 0.875,
-        'interpolation': 'bicubic',
-        'fixed_input_size': False,
-        'mean': IMAGENET_DEFAULT_MEAN,
-        'std': IMAGENET_DEFAULT_STD,
-        'first_conv': 'patch_embed.proj',
-        'classifier': 'head',
-        'license': 'apache-2.0',
-        'origin_url': None,
+        'num_classes': 1000, 'input_size': (3, 224, 224), 'pool_size': (7, 7),
+        'crop_pct': 0.875, 'interpolation': 'bicubic', 'fixed_input_size': False,
+        'mean': IMAGENET_DEFAULT_MEAN, 'std': IMAGENET_DEFAULT_STD,
+        'first_conv': 'patch_embed.proj', 'classifier': 'head',
+        'license': 'apache-2.0', 'origin_url': None,
         **kwargs,
     }

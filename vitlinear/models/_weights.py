@@ -24,11 +24,18 @@ def not_a_checkpoint_of(state_dict: dict[str, Any], model: nn.Module) -> ValueEr
         f"its first entries are {', '.join(list(state_dict)[:3]) or 'none'}.")
 
 
-def _depths(keys: Iterable[str]) -> dict[int, int]:
-    """Blocks per stage, counted in state dict keys; a model without stages counts as one."""
-    matches = (re.match(r'(?:stages\.(\d+)\.)?blocks\.(\d+)\.', k) for k in keys)
-    found = [(int(m[1] or 0), int(m[2])) for m in matches if m]
-    return {stage: 1 + max(block for s, block in found if s == stage) for stage, _ in sorted(found)}
+def last_blocks(keys: Iterable[str], pattern: str = r'(?:stages\.(\d+)\.)?blocks\.(\d+)\.') -> dict[int, int]:
+    """Number of the last block of each stage in state dict keys; a model without stages counts as one.
+
+    Args:
+        keys: Names of weights.
+        pattern: Matches those within blocks, with the numbers of stage and block as groups.
+    """
+    last: dict[int, int] = {}
+    for m in filter(None, (re.match(pattern, k) for k in keys)):
+        stage, block = int(m[1] or 0), int(m[2])
+        last[stage] = max(last.get(stage, block), block)
+    return dict(sorted(last.items()))
 
 
 def fit(
@@ -54,11 +61,11 @@ def fit(
     own = model.state_dict()
     if f'{stem}.weight' not in state_dict:
         raise not_a_checkpoint_of(state_dict, model)
-    theirs, ours = _depths(state_dict), _depths(own)
+    theirs, ours = last_blocks(state_dict), last_blocks(own)
     if theirs != ours:
         raise ValueError(
-            f'The checkpoint is of another variant: its stages have {list(theirs.values())} blocks, '
-            f'the model has {list(ours.values())}.')
+            f'The checkpoint is of another variant: its stages have {[1 + n for n in theirs.values()]} blocks, '
+            f'the model has {[1 + n for n in ours.values()]}.')
     missing = [k for k in own if k not in state_dict and not k.startswith(heads)]
     if missing:
         raise ValueError(f"The checkpoint is incomplete: {', '.join(missing[:3])} are among the weights it lacks.")

@@ -1,10 +1,6 @@
-"""Castling-DeiT
+"""Castling-DeiT: linear-angular attention in the place of softmax attention in DeiT (arXiv 2012.12877).
 
-Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
-
-Linear-angular attention in the place of softmax attention in DeiT (arXiv 2012.12877), with an auxiliary softmax branch
-for training that is gone at inference.
+Paper: Castling-ViT, https://arxiv.org/abs/2211.10526; what all backbones share is in _castling.py.
 
 Documented in the paper: the mechanism, and that it takes the place of DeiT's attention.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic and its names.
@@ -22,12 +18,7 @@ from timm.models.vision_transformer import checkpoint_filter_fn as vit_filter_fn
 from torch import nn
 
 from ..layers.castling import CastlingTokenAttention
-from ._castling import (
-    Castling,
-    LayerFactory,
-    castling_cfg,
-    filter_checkpoint,
-)
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint
 from ._timm import build_model, register_notrace_module
 from ._weights import unwrap
 
@@ -56,8 +47,7 @@ class _CastlingVisionTransformer(Castling):
         Args:
             img_size: Image size.
             softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
-            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
-                training, see `Castling.schedule_castling`; 0 steps for none.
+            castling_steps, castling_ramp: Forward passes and ramp of `Castling.schedule_castling`, 0 for no schedule.
             weight_init: As for timm's `VisionTransformer`.
             kwargs: As for timm's `VisionTransformer`, but for other kinds of attention and norms of queries and keys.
 
@@ -130,15 +120,10 @@ def _create_deit(
         **kwargs: Any,
 ) -> _CastlingVisionTransformer:
     kwargs = dict(dict(patch_size=16, depth=12), **kwargs)
-    out_indices = kwargs.pop('out_indices', min(3, kwargs['depth']))
+    kwargs.setdefault('out_indices', min(3, kwargs['depth']))
+    model_cls = CastlingVisionTransformerDistilled if distilled else CastlingVisionTransformer
     return build_model(
-        CastlingVisionTransformerDistilled if distilled else CastlingVisionTransformer,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+        model_cls, variant, pretrained, checkpoint_filter_fn, feature_cfg=dict(feature_cls='getter'), **kwargs)
 
 
 _cfg = partial(castling_cfg, fixed_input_size=True)

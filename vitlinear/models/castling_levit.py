@@ -1,15 +1,12 @@
-"""Castling-LeViT
+"""Castling-LeViT: linear-angular attention in the place of softmax attention in LeViT (arXiv 2104.01136).
 
-Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
-
-Linear-angular attention in the place of softmax attention in LeViT (arXiv 2104.01136), with an auxiliary softmax branch
-for training that is gone at inference.
+Paper: Castling-ViT, https://arxiv.org/abs/2211.10526; what all backbones share is in _castling.py.
 
 Documented in the paper: the mechanism, and that it takes the place of LeViT's attention.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic.
 Ours: all configurations, how queries, keys and values meet on pooled grids, and the widths of the keys.
 """
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -22,13 +19,9 @@ from torch import nn
 
 from .. import inference
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
+from ..ops._numerics import check_choice
 from ._base import check_input
-from ._castling import (
-    Castling,
-    LayerFactory,
-    castling_cfg,
-    filter_checkpoint,
-)
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint
 from ._timm import build_model, register_notrace_module
 
 __all__ = ['CastlingLevit', 'CastlingLevitDistilled']
@@ -37,7 +30,6 @@ QK_WIDTHS = ('value', 'key')
 
 for _layer in (LevitAttention, LevitAttentionDownsample):
     register_notrace_module(_layer)
-
 
 
 class LevitStem(nn.Sequential):
@@ -110,16 +102,14 @@ class _CastlingLevit(Castling):
             qk_width: Channels of queries and keys of a head: 'value', as many as of its values, or 'key' as in LeViT,
                 whose weights then fit.
             softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
-            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
-                training, see `Castling.schedule_castling`; 0 steps for none.
+            castling_steps, castling_ramp: Forward passes and ramp of `Castling.schedule_castling`, 0 for no schedule.
             kwargs: As for timm's `Levit`.
 
         Raises:
             ValueError: A value is out of range.
         """
         dd = {'device': device, 'dtype': dtype}
-        if qk_width not in QK_WIDTHS:
-            raise ValueError(f"Unknown qk_width '{qk_width}', expected one of {', '.join(QK_WIDTHS)}.")
+        check_choice('qk_width', qk_width, QK_WIDTHS)
         n = len(stem_strides)
         if stem_widths is None:
             stem_widths = [embed_dim[0] // 2 ** (n - 1 - i) for i in range(n)]
@@ -129,20 +119,12 @@ class _CastlingLevit(Castling):
                 f'{tuple(stem_strides)}, the last of them embed_dim[0]={embed_dim[0]}.')
         factory = LayerFactory(img_size, softmax_below, scale_with_size, attn_kwargs)
         act = get_act_layer(act_layer)
-        stem_stride = 1
-        for stride in stem_strides:
-            stem_stride *= stride
+        stem_stride = math.prod(stem_strides)
         super().__init__(
             img_size=stem_stride,  # of the attentions that are replaced below, whose tables would grow with it
-            in_chans=in_chans,
-            embed_dim=tuple(embed_dim),
+            in_chans=in_chans, embed_dim=tuple(embed_dim), stem_stride=stem_stride,
             stem_backbone=LevitStem(in_chans, stem_widths, stem_strides, act, **dd),
-            stem_stride=stem_stride,
-            act_layer=act_layer,
-            attn_act_layer=attn_act_layer,
-            use_conv=True,
-            **kwargs,
-            **dd)
+            act_layer=act_layer, attn_act_layer=attn_act_layer, use_conv=True, **kwargs, **dd)
         act = get_act_layer(attn_act_layer or act_layer)
         reduction = stem_stride
         for i, stage in enumerate(self.stages):
@@ -206,15 +188,9 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_levit(variant: str, pretrained: bool = False, distilled: bool = True, **kwargs: Any) -> _CastlingLevit:
-    out_indices = kwargs.pop('out_indices', tuple(range(len(kwargs['embed_dim']))))
-    return build_model(
-        CastlingLevitDistilled if distilled else CastlingLevit,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, flatten_sequential=True),
-        **kwargs,
-    )
+    kwargs.setdefault('out_indices', tuple(range(len(kwargs['embed_dim']))))
+    model_cls = CastlingLevitDistilled if distilled else CastlingLevit
+    return build_model(model_cls, variant, pretrained, checkpoint_filter_fn, **kwargs)
 
 
 _cfg = partial(

@@ -1,10 +1,6 @@
-"""Castling-MViTv2
+"""Castling-MViTv2: linear-angular attention in the place of softmax attention in MViTv2 (arXiv 2112.01526).
 
-Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
-
-Linear-angular attention in the place of softmax attention in MViTv2 (arXiv 2112.01526), with an auxiliary softmax
-branch for training that is gone at inference.
+Paper: Castling-ViT, https://arxiv.org/abs/2211.10526; what all backbones share is in _castling.py.
 
 Documented in the paper: the mechanism, and that it takes the place of MViTv2's attention.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic.
@@ -23,12 +19,7 @@ from torch import nn
 
 from ..layers.castling import CastlingMultiScaleAttention
 from ._base import check_input
-from ._castling import (
-    Castling,
-    LayerFactory,
-    castling_cfg,
-    filter_checkpoint,
-)
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint
 from ._timm import build_model, register_notrace_module
 from ._weights import not_a_checkpoint_of
 
@@ -63,8 +54,7 @@ class CastlingMultiScaleVit(Castling, MultiScaleVit):
             cfg: As for timm's `MultiScaleVit`, without class token and absolute positions.
             img_size: Image size of the training, for `softmax_below` and `scale_with_size`; the model takes any size.
             softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
-            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
-                training, see `Castling.schedule_castling`; 0 steps for none.
+            castling_steps, castling_ramp: Forward passes and ramp of `Castling.schedule_castling`, 0 for no schedule.
             kwargs: As for timm's `MultiScaleVit`.
 
         Raises:
@@ -129,15 +119,10 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
 
 
 def _create_mvitv2(variant: str, pretrained: bool = False, **kwargs: Any) -> CastlingMultiScaleVit:
-    out_indices = kwargs.pop('out_indices', len(kwargs['model_cfg'].depths))
+    kwargs.setdefault('out_indices', len(kwargs['model_cfg'].depths))
     return build_model(
-        CastlingMultiScaleVit,
-        variant,
-        pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=out_indices, feature_cls='getter'),
-        **kwargs,
-    )
+        CastlingMultiScaleVit, variant, pretrained, checkpoint_filter_fn, feature_cfg=dict(feature_cls='getter'),
+        **kwargs)
 
 
 _cfg = partial(castling_cfg, classifier='head.fc')

@@ -1,10 +1,6 @@
-"""Castling-PVTv2
+"""Castling-PVTv2: linear-angular attention in the place of softmax attention in PVTv2 (arXiv 2106.13797).
 
-Paper: 'Castling-ViT: Compressing Self-Attention via Switching Towards Linear-Angular Attention at Vision Transformer
-Inference', https://arxiv.org/abs/2211.10526, CVPR 2023
-
-Linear-angular attention in the place of softmax attention in PVTv2 (arXiv 2106.13797), with an auxiliary softmax
-branch for training that is gone at inference.
+Paper: Castling-ViT, https://arxiv.org/abs/2211.10526; what all backbones share is in _castling.py.
 
 Documented in the paper: the mechanism. No PVTv2 is in it.
 From the authors' code, one attention module (https://github.com/GATECH-EIC/Castling-ViT): its arithmetic and its names;
@@ -23,12 +19,7 @@ from torch import nn
 
 from ..layers import LinearAngularAttention
 from ..zoo.records import weights_cfg
-from ._castling import (
-    Castling,
-    LayerFactory,
-    castling_cfg,
-    filter_checkpoint,
-)
+from ._castling import Castling, LayerFactory, castling_cfg, filter_checkpoint
 from ._pyramid import Pyramid
 from ._timm import build_model
 
@@ -58,13 +49,10 @@ class CastlingPyramid(Castling, Pyramid):
         """
         Args:
             img_size: Image size of the training, for `softmax_below` and `scale_with_size`; the model takes any size.
-            embed_dims: Channels of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            embed_dims, num_heads, mlp_ratios: Channels, heads and expansion of the MLP of each stage.
             patch_stride: Stride of the stem.
             softmax_below, scale_with_size, attn_kwargs: Which layers are linear-angular and how, see `LayerFactory`.
-            castling_steps, castling_ramp: A schedule that turns the auxiliary branch on, by forward passes of the
-                training, see `Castling.schedule_castling`; 0 steps for none.
+            castling_steps, castling_ramp: Forward passes and ramp of `Castling.schedule_castling`, 0 for no schedule.
             kwargs: As for `Pyramid`.
 
         Raises:
@@ -72,14 +60,11 @@ class CastlingPyramid(Castling, Pyramid):
         """
         attn_kwargs = {'qkv_bias': True, **(attn_kwargs or {})}
         factory = LayerFactory(img_size, softmax_below, scale_with_size, attn_kwargs)
+        attn_layer = [
+            partial(LinearAngularAttention, **factory(patch_stride * 2 ** i)) for i in range(len(embed_dims))]
         super().__init__(
-            embed_dims=embed_dims,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            patch_stride=patch_stride,
-            attn_layer=[
-                partial(LinearAngularAttention, **factory(patch_stride * 2 ** i)) for i in range(len(embed_dims))],
-            **kwargs)
+            embed_dims=embed_dims, num_heads=num_heads, mlp_ratios=mlp_ratios, patch_stride=patch_stride,
+            attn_layer=attn_layer, **kwargs)
         self._schedule_from_arguments(castling_steps, castling_ramp)
 
 
@@ -96,15 +81,17 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     return filter_checkpoint(state_dict, model, _from_host)
 
 
-_create_pvt_v2 = partial(build_model, CastlingPyramid, pretrained_filter_fn=checkpoint_filter_fn)
+def _create_pvt_v2(variant: str, pretrained: bool = False, **kwargs: Any) -> CastlingPyramid:
+    kwargs.setdefault('out_indices', tuple(range(len(kwargs['embed_dims']))))
+    return build_model(CastlingPyramid, variant, pretrained, checkpoint_filter_fn, **kwargs)
+
 
 _cfg = partial(castling_cfg, pool_size=(7, 7))
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
     'castling_nano.fashion_mnist': _cfg(origin_url=None, **weights_cfg('castling_nano.fashion_mnist')),
-    'castling_nano.untrained*': _cfg(
-        input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
+    'castling_nano.untrained*': _cfg(input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0, origin_url=None),
     'castling_pvt_v2_b0.in1k': _cfg(),
     'castling_pvt_v2_b1.in1k': _cfg(),
     'castling_pvt_v2_b2.in1k': _cfg(),

@@ -1,14 +1,8 @@
 """GKViT, a graph-kernel ViT
 
-Paper: 'Improving Vision Attention with Random Walk Graph Kernel', https://openreview.net/forum?id=LTvSyvRaJO
+Paper: 'Improving Vision Attention with Random Walk Graph Kernel', https://openreview.net/forum?id=LTvSyvRaJO, withdrawn
 
-A SegFormer-like pyramid without reduction of keys and values, whose attention is linear in pixels at every stage: walks
-of any number of steps between queries and keys. The paper, an anonymous submission to ICLR 2023, was withdrawn, and
-neither its text nor code is public. Its abstract documents the kernel, the bipartite graph, the inverse of a small
-matrix, and savings of 15 % of the parameters and 10 to 25 % of the computation in semantic segmentation. That the
-backbone is SegFormer's (MiT) without the convolutions that reduce keys and values is inferred from these savings.
-Feature map, normalisation, every formula and every size are ours, as are the names gkvit_*; nothing here reproduces the
-authors' models or results.
+`FAMILY` says what the abstract documents, what is inferred from it and what is ours.
 """
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -40,22 +34,17 @@ FAMILY = Family(
         "every formula and every size are ours, as are the names gkvit_*; nothing here reproduces the authors' "
         'models or results.'
     ),
-    bibtex=(
-        '@misc{randomwalk2022,\n'
-        '  title={Improving Vision Attention with Random Walk Graph Kernel},\n'
-        '  author={Anonymous},\n'
-        '  howpublished={OpenReview, forum LTvSyvRaJO, submission to ICLR 2023, withdrawn},\n'
-        '  year={2022}\n'
-        '}'
-    ),
+    bibtex='''@misc{randomwalk2022,
+  title={Improving Vision Attention with Random Walk Graph Kernel},
+  author={Anonymous},
+  howpublished={OpenReview, forum LTvSyvRaJO, submission to ICLR 2023, withdrawn},
+  year={2022}
+}''',
 )
 
 
 class GraphKernelVisionTransformer(Pyramid):
-    """GKViT: the shared pyramid around attention by random walks.
-
-    Ours, after https://openreview.net/forum?id=LTvSyvRaJO.
-    """
+    """GKViT: the shared pyramid around attention by random walks. Ours, after the abstract of the paper."""
 
     def __init__(
             self,
@@ -69,29 +58,21 @@ class GraphKernelVisionTransformer(Pyramid):
     ):
         """
         Args:
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
+            embed_dims, depths, mlp_ratios: Channels, blocks and expansion of the MLP of each stage.
             num_heads: Attention heads of each stage, of 32 channels by default.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
             attn_layer: Mechanism by name, or a module class or factory.
             attn_kwargs: Further arguments of the mechanism, such as `dict(init_beta=0.)` for attention of one step, or
                 `dict(mode='walk')` for walks between softmax features.
             kwargs: As for `Pyramid`.
         """
         super().__init__(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            attn_layer=attn_layer,
-            attn_kwargs=attn_kwargs,
-            **kwargs,
-        )
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs, **kwargs)
 
 
 _create_gkvit = partial(build_model, GraphKernelVisionTransformer, pretrained_filter_fn=checkpoint_filter_fn)
 
-_cfg = partial(base_cfg, paper_name='Improving Vision Attention with Random Walk Graph Kernel')
+_cfg = partial(base_cfg, paper_name=FAMILY.paper)
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

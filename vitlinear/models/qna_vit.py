@@ -2,10 +2,7 @@
 
 Paper: 'Learned Queries for Efficient Local Attention', https://arxiv.org/abs/2112.11435, CVPR 2022, pages 10841-10852
 
-A pyramid of local attention with learned queries, which downsamples with the same layer at stride 2; the last two
-stages begin with, or consist of, softmax attention over windows that cover the whole map at the published size. Written
-from a description of the authors' released code, https://github.com/moabarar/qna, whose Flax checkpoints load as they
-are. qna_vit_tiny, tiny_7x7, small and base are the published variants; qna_vit_nano is ours, for small images.
+`FAMILY` says what is the authors' and what is ours.
 """
 import math
 import re
@@ -15,7 +12,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import calculate_drop_path_rates, to_2tuple, to_ntuple
+from timm.layers import calculate_drop_path_rates, to_ntuple
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
@@ -27,9 +24,10 @@ from ..layers.qna_block import QnADownsample, QnAStage, SamePatchEmbed
 from ..layers.window import resize_relative_position_bias_table
 from ..zoo.families import Family
 from ..zoo.records import weights_cfg
+from ._base import check_img_size
 from ._pyramid import HierarchicalModel, check_model_args
 from ._timm import base_cfg, build_model, register_notrace_module
-from ._weights import fit, not_a_checkpoint_of, unwrap
+from ._weights import fit, last_blocks, not_a_checkpoint_of, unwrap
 
 __all__ = ['QnAVisionTransformer']
 
@@ -45,14 +43,12 @@ FAMILY = Family(
         'https://github.com/moabarar/qna, whose Flax checkpoints load as they are. qna_vit_tiny, tiny_7x7, small '
         'and base are the published variants; qna_vit_nano is ours, for small images.'
     ),
-    bibtex=(
-        '@inproceedings{arar2022learned,\n'
-        '  title={Learned Queries for Efficient Local Attention},\n'
-        '  author={Moab Arar and Ariel Shamir and Amit H. Bermano},\n'
-        '  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},\n'
-        '  pages={10841-10852}, year={2022}\n'
-        '}'
-    ),
+    bibtex='''@inproceedings{arar2022learned,
+  title={Learned Queries for Efficient Local Attention},
+  author={Moab Arar and Ariel Shamir and Amit H. Bermano},
+  booktitle={Proceedings of the IEEE/CVF Conference on Computer Vision and Pattern Recognition (CVPR)},
+  pages={10841-10852}, year={2022}
+}''',
 )
 
 register_notrace_module(SamePatchEmbed)  # its padding follows from the size of the image
@@ -152,18 +148,9 @@ class QnAVisionTransformer(HierarchicalModel):
             downsample = nn.Identity()
             if i > 0:
                 downsample = QnADownsample(
-                    embed_dims[i - 1],
-                    dim,
-                    num_heads[i],
-                    kernel_size=kernel_size[i - 1],
-                    num_queries=num_queries,
-                    attn_scale_std=attn_scale_std,
-                    mlp_ratio=mlp_ratios[i],
-                    proj_drop=proj_drop_rate,
-                    drop_path=rates[i - 1][-1],
-                    **_block_layers,
-                    **dd,
-                )
+                    embed_dims[i - 1], dim, num_heads[i], kernel_size=kernel_size[i - 1], num_queries=num_queries,
+                    attn_scale_std=attn_scale_std, mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate,
+                    drop_path=rates[i - 1][-1], **_block_layers, **dd)
             blocks = []
             for j in range(depths[i]):
                 if j < window_depths[i]:
@@ -174,35 +161,19 @@ class QnAVisionTransformer(HierarchicalModel):
                         kwargs.setdefault('kernel_size', kernel_size[i])
                     attn = attn_factory(dim, num_heads[i], **kwargs, **dd)
                 blocks.append(Block(
-                    dim,
-                    attn,
-                    mlp_ratio=mlp_ratios[i],
-                    proj_drop=proj_drop_rate,
-                    drop_path=rates[i][j],
-                    **_block_layers,
-                    **dd,
-                ))
+                    dim, attn, mlp_ratio=mlp_ratios[i], proj_drop=proj_drop_rate, drop_path=rates[i][j],
+                    **_block_layers, **dd))
             stages.append(QnAStage(downsample, blocks))
 
         super().__init__(
-            SamePatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd),
-            stages,
-            embed_dims,
-            patch_stride=patch_stride,
-            norm=_block_layers['norm_layer'](embed_dims[-1], **dd),
-            in_chans=in_chans,
-            num_classes=num_classes,
-            global_pool=global_pool,
-            drop_rate=drop_rate,
-            **dd,
-        )
+            SamePatchEmbed(in_chans, embed_dims[0], patch_size, patch_stride, **dd), stages, embed_dims,
+            patch_stride=patch_stride, norm=_block_layers['norm_layer'](embed_dims[-1], **dd), in_chans=in_chans,
+            num_classes=num_classes, global_pool=global_pool, drop_rate=drop_rate, **dd)
 
     @staticmethod
     def _grids(img_size: int | tuple[int, int], patch_stride: int, num_stages: int) -> list[tuple[int, int]]:
         """Sides of the map of each stage."""
-        H, W = to_2tuple(img_size)
-        if H < 1 or W < 1:
-            raise ValueError(f'img_size={img_size} must be positive.')
+        H, W = check_img_size(img_size)
         strides = [patch_stride * 2 ** i for i in range(num_stages)]
         return [(-(-H // stride), -(-W // stride)) for stride in strides]
 
@@ -240,7 +211,7 @@ class QnAVisionTransformer(HierarchicalModel):
 
 def _from_flax(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """Names and layouts of the authors' Flax code to ours."""
-    windows = _count(state_dict, r'LSAStage_(\d+)/MSA_Block_(\d+)/')
+    windows = last_blocks(state_dict, r'LSAStage_(\d+)/MSA_Block_(\d+)/')
     names = {
         'StemBlock_0/conv_1x1': 'patch_embed.proj',
         'LayerNorm_0': 'norm1',
@@ -296,14 +267,6 @@ def _from_flax(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return out
 
 
-def _count(keys, pattern: str) -> dict[int, int]:
-    """Largest second number in the keys that match, by the first."""
-    counts: dict[int, int] = {}
-    for m in filter(None, (re.match(pattern, k) for k in keys)):
-        counts[int(m[1])] = max(counts.get(int(m[1]), 0), int(m[2]))
-    return counts
-
-
 def infer_variant(state_dict: dict[str, torch.Tensor]) -> str | None:
     """Name of the published variant that a state dict belongs to, the authors' or ours, None if it is another."""
     state_dict = unwrap(state_dict)
@@ -313,29 +276,20 @@ def infer_variant(state_dict: dict[str, torch.Tensor]) -> str | None:
     first = state_dict.get('stages.0.blocks.0.attn.rel_pos_bias')
     if stem is None or first is None:
         return None
-    depths = _count(state_dict, r'stages\.(\d+)\.blocks\.(\d+)\.')
-    shape = (stem.shape[0], first.shape[-1], tuple(1 + depths[i] for i in sorted(depths)))
+    depths = tuple(1 + last for last in last_blocks(state_dict).values())
     return {
         (64, 3, (2, 3, 6, 2)): 'qna_vit_tiny',
         (64, 7, (2, 3, 6, 2)): 'qna_vit_tiny_7x7',
         (64, 3, (2, 3, 18, 2)): 'qna_vit_small',
         (96, 3, (2, 3, 18, 2)): 'qna_vit_base',
-    }.get(shape)
+    }.get((stem.shape[0], first.shape[-1], depths))
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
     """Take the parameters of the authors' Flax code, paths joined by '/', or a state dict of ours.
 
     Tables of relative positions are resized to the model's windows, those of the taps to its kernel size, bicubic and
-    antialiased as in the authors' fine-tuning. A classifier for another number of classes than the model's is replaced
-    by the model's own, with a warning.
-
-    Args:
-        state_dict: Weights or a container of them.
-        model: The model to load them into.
-
-    Raises:
-        ValueError: The weights belong to another architecture or variant, or some are missing.
+    antialiased as in the authors' fine-tuning. Errors as in `fit`, with the variant that the weights look like.
     """
     state_dict = unwrap(state_dict)
     if 'StemBlock_0/conv_1x1/kernel' in state_dict:
@@ -369,7 +323,7 @@ _create_qna_vit = partial(build_model, QnAVisionTransformer, pretrained_filter_f
 
 _cfg = partial(
     base_cfg, license='mit', origin_url='https://github.com/moabarar/qna', paper_ids='arXiv:2112.11435',
-    paper_name='Learned Queries for Efficient Local Attention')
+    paper_name=FAMILY.paper)
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

@@ -2,9 +2,7 @@
 
 Paper: 'Vicinity Vision Transformer', https://arxiv.org/abs/2206.10552, TPAMI 45(10):12635-12649, 2023
 
-A PVTv2-like pyramid whose attention is linear in pixels at every stage and favours near positions. Written from a
-description of the authors' released code, https://github.com/OpenNLPLab/Vicinity-Vision-Transformer, whose checkpoints
-load as they are. vvt_tiny, small, medium and large are the published variants; vvt_nano is ours, for small images.
+`FAMILY` says what is the authors' and what is ours.
 """
 import re
 from collections.abc import Callable, Sequence
@@ -34,24 +32,18 @@ FAMILY = Family(
         'https://github.com/OpenNLPLab/Vicinity-Vision-Transformer, whose checkpoints load as they are. vvt_tiny, '
         'small, medium and large are the published variants; vvt_nano is ours, for small images.'
     ),
-    bibtex=(
-        '@article{sun2023vicinity,\n'
-        '  title={Vicinity Vision Transformer},\n'
-        '  author={Weixuan Sun and Zhen Qin and Hui Deng and Jianyuan Wang and Yi Zhang and Kaihao '
-        'Zhang and Nick Barnes and\n'
-        '    Stan Birchfield and Lingpeng Kong and Yiran Zhong},\n'
-        '  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},\n'
-        '  volume={45}, number={10}, pages={12635-12649}, year={2023}\n'
-        '}'
-    ),
+    bibtex='''@article{sun2023vicinity,
+  title={Vicinity Vision Transformer},
+  author={Weixuan Sun and Zhen Qin and Hui Deng and Jianyuan Wang and Yi Zhang and Kaihao Zhang and Nick Barnes and
+    Stan Birchfield and Lingpeng Kong and Yiran Zhong},
+  journal={IEEE Transactions on Pattern Analysis and Machine Intelligence},
+  volume={45}, number={10}, pages={12635-12649}, year={2023}
+}''',
 )
 
 
 class VicinityVisionTransformer(Pyramid):
-    """VVT: the shared pyramid around vicinity attention.
-
-    Paper: arXiv 2206.10552.
-    """
+    """VVT, arXiv 2206.10552: the shared pyramid around vicinity attention."""
 
     def __init__(
             self,
@@ -66,10 +58,7 @@ class VicinityVisionTransformer(Pyramid):
     ):
         """
         Args:
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            embed_dims, depths, num_heads, mlp_ratios: Channels, blocks, heads and expansion of the MLP of each stage.
             attn_layer: Mechanism by name, or a module class or factory.
             attn_kwargs: Further arguments of the mechanism, such as `dict(locality='1d')`.
             fpc_reduction: Hidden reduction of the channel gate of vicinity attention, without effect on others.
@@ -78,14 +67,8 @@ class VicinityVisionTransformer(Pyramid):
         if attn_layer == 'vicinity':
             attn_kwargs = dict(dict(fpc_reduction=fpc_reduction), **(attn_kwargs or {}))
         super().__init__(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            attn_layer=attn_layer,
-            attn_kwargs=attn_kwargs,
-            **kwargs,
-        )
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs, **kwargs)
 
 
 def _remap(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -108,18 +91,7 @@ def _remap(state_dict: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-    """Take a state dict of the authors' code, or one of ours unchanged.
-
-    The authors' containers (`{'model': ...}`, keys that start with 'module.') are unwrapped. A classifier for another
-    number of classes than the model's is replaced by the model's own, with a warning.
-
-    Args:
-        state_dict: Weights or a container of them.
-        model: The model to load them into.
-
-    Raises:
-        ValueError: The weights belong to another architecture or another variant, or some are missing.
-    """
+    """Take a state dict of the authors' code, or one of ours unchanged, or a container of one; errors as in `fit`."""
     state_dict = unwrap(state_dict)
     if 'patch_embed1.proj.weight' in state_dict:
         state_dict = _remap(state_dict)
@@ -130,7 +102,7 @@ _create_vvt = partial(build_model, VicinityVisionTransformer, pretrained_filter_
 
 _cfg = partial(
     base_cfg, origin_url='https://github.com/OpenNLPLab/Vicinity-Vision-Transformer', paper_ids='arXiv:2206.10552',
-    paper_name='Vicinity Vision Transformer')
+    paper_name=FAMILY.paper)
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name

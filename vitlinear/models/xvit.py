@@ -3,48 +3,24 @@
 Paper: 'X-ViT: High Performance Linear Vision Transformer without Softmax', https://arxiv.org/abs/2205.13805, T4V
 workshop at CVPR 2022
 
-Two l2 norms take the place of the softmax, which makes attention linear in pixels. The models are flat, of one width at
-stride 16; they are UFO-ViT (arXiv 2109.14382) under its later name, and no relation of the video model and of the Flax
-model that are also called X-ViT.
-
-A reconstruction, not a reproduction: the authors have released neither code nor weights, and no accuracy of the paper
-could be checked, so none is given.
-
-Documented in the paper: the operator and its axes, class attention with the same operator, a stem and local layers of
-convolutions, pointwise MLPs.
-Inherited from XCiT, CaiT and DeiT, on which the paper builds: the order of the layers, layer scale, two class attention
-blocks, the stem's channels, heads, initial values.
-From memory, since the tables could not be read: widths and depths of xvit_tiny, small, medium and base, those of
-UFO-ViT; with them, parameters come within 0.5 % of the numbers recalled, those of tiny within 2.2 %. Whether X-ViT has
-other variants is not known.
-Ours: learned scales for queries and for products of keys and values each, the grid of positions, drop path.
+A reconstruction, not a reproduction. `FAMILY` says what is documented, inherited, from memory and ours.
 """
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from timm.layers import (
-    ConvNormAct,
-    calculate_drop_path_rates,
-    resample_abs_pos_embed_nhwc,
-    to_2tuple,
-)
+from timm.layers import ConvNormAct, calculate_drop_path_rates, resample_abs_pos_embed_nhwc
 from timm.models import generate_default_cfgs, register_model
 from torch import nn
 
 from .. import inference
 from ..layers import XNormClassAttention, get_attention_layer
 from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
+from ..ops._numerics import check_choice
 from ..zoo.families import Family
-from ._base import ImageModel, check_drop_path, check_input, check_positive, init_module
-from ._timm import (
-    base_cfg,
-    build_model,
-    checkpoint,
-    register_notrace_module,
-    update_model_input_size,
-)
+from ._base import ImageModel, check_drop_path, check_img_size, check_input, check_positive, init_module
+from ._timm import base_cfg, build_model, checkpoint, register_notrace_module, update_model_input_size
 from ._weights import fit, unwrap
 
 __all__ = ['XNormVisionTransformer']
@@ -70,13 +46,11 @@ FAMILY = Family(
         'xvit_pyramid_nano, tiny, small and base are ours altogether: XNorm attention in a PVTv2-like pyramid, '
         'for feature maps at four strides.'
     ),
-    bibtex=(
-        '@article{song2022xvit,\n'
-        '  title={X-ViT: High Performance Linear Vision Transformer without Softmax},\n'
-        '  author={Jeonggeun Song and Heung-Chang Lee},\n'
-        '  journal={arXiv preprint arXiv:2205.13805}, year={2022}\n'
-        '}'
-    ),
+    bibtex='''@article{song2022xvit,
+  title={X-ViT: High Performance Linear Vision Transformer without Softmax},
+  author={Jeonggeun Song and Heung-Chang Lee},
+  journal={arXiv preprint arXiv:2205.13805}, year={2022}
+}''',
 )
 
 _STEM = 'patch_embed.0.conv'
@@ -93,7 +67,7 @@ class XNormVisionTransformer(ImageModel):
     to the map. Class attention leaves the map as it is, so it belongs to the head here: `forward_features` gives the
     map, and with another pooling there is no class attention.
 
-    Paper: arXiv 2205.13805; what is documented and what is not is said at the top of this file.
+    Paper: arXiv 2205.13805; what is documented and what is not, `FAMILY` says.
     """
     parts = 'blocks'
     one_width = True
@@ -168,14 +142,13 @@ class XNormVisionTransformer(ImageModel):
             raise ValueError(
                 f'embed_dim={embed_dim} must be a multiple of {2 ** (num_convs - 1)} for patch_size={patch_size}, '
                 'whose first convolution has as small a part of the channels.')
-        if pos_embed not in ('learn', 'fourier', 'none'):
-            raise ValueError(f"Unknown pos_embed '{pos_embed}', expected one of learn, fourier, none.")
+        check_choice('pos_embed', pos_embed, ('learn', 'fourier', 'none'))
         if lpi_convs not in (1, 2):
             raise ValueError(f'lpi_convs={lpi_convs} must be 1 or 2.')
 
         self.embed_dim = embed_dim
         self.patch_size = patch_size
-        self.img_size = self._check_img_size(img_size)
+        self.img_size = check_img_size(img_size)
         self.grad_checkpointing = False
         self._class_args = dict(
             depth=class_depth, num_heads=num_heads, attn_dim=attn_dim, mlp_ratio=mlp_ratio, qkv_bias=qkv_bias,
@@ -183,8 +156,7 @@ class XNormVisionTransformer(ImageModel):
 
         dims = [in_chans, *(embed_dim // 2 ** i for i in reversed(range(num_convs)))]
         self.patch_embed = nn.Sequential(*[
-            ConvNormAct(
-                dims[i], dims[i + 1], 3, stride=2, act_layer=nn.GELU, apply_act=i < num_convs - 1, **dd)
+            ConvNormAct(dims[i], dims[i + 1], 3, stride=2, act_layer=nn.GELU, apply_act=i < num_convs - 1, **dd)
             for i in range(num_convs)])
         grid = self._grid(self.img_size)
         self.pos_embed = nn.Parameter(torch.empty(1, *grid, embed_dim, **dd)) if pos_embed == 'learn' else None
@@ -195,18 +167,11 @@ class XNormVisionTransformer(ImageModel):
             attn_kwargs = dict(
                 dict(attn_dim=attn_dim, qkv_bias=qkv_bias, proj_drop=proj_drop_rate), **(attn_kwargs or {}))
         attn_factory = get_attention_layer(attn_layer)
-        rates = calculate_drop_path_rates(drop_path_rate, depth)
         self.blocks = nn.Sequential(*[
             XNormBlock(
-                embed_dim,
-                attn_factory(embed_dim, num_heads, **(attn_kwargs or {}), **dd),
-                mlp_ratio=mlp_ratio,
-                init_values=init_values,
-                lpi_convs=lpi_convs,
-                proj_drop=proj_drop_rate,
-                drop_path=rates[i],
-                **dd,
-            ) for i in range(depth)])
+                embed_dim, attn_factory(embed_dim, num_heads, **(attn_kwargs or {}), **dd), mlp_ratio=mlp_ratio,
+                init_values=init_values, lpi_convs=lpi_convs, proj_drop=proj_drop_rate, drop_path=rate, **dd)
+            for rate in calculate_drop_path_rates(drop_path_rate, depth)])
         self.feature_info = [
             dict(num_chs=embed_dim, reduction=patch_size, module=f'blocks.{i}') for i in range(depth)]
 
@@ -222,13 +187,6 @@ class XNormVisionTransformer(ImageModel):
         depth = args.pop('depth') if enable else 0
         self.cls_token = nn.Parameter(torch.empty(1, 1, self.embed_dim, **dd)) if enable else None
         self.cls_blocks = nn.ModuleList([ClassBlock(self.embed_dim, **args, **dd) for _ in range(depth)])
-
-    @staticmethod
-    def _check_img_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
-        H, W = to_2tuple(img_size)
-        if H < 1 or W < 1:
-            raise ValueError(f'img_size={img_size} must be positive.')
-        return H, W
 
     def _grid(self, img_size: tuple[int, int]) -> tuple[int, int]:
         """Sides of the map of an image."""
@@ -246,7 +204,7 @@ class XNormVisionTransformer(ImageModel):
         Raises:
             ValueError: `img_size` is not positive.
         """
-        self.img_size = self._check_img_size(img_size)
+        self.img_size = check_img_size(img_size)
         if self.pos_embed is not None:
             resized = resample_abs_pos_embed_nhwc(self.pos_embed.detach(), self._grid(self.img_size))
             self.pos_embed = nn.Parameter(resized.clone(), requires_grad=self.pos_embed.requires_grad)
@@ -339,7 +297,7 @@ class XNormVisionTransformer(ImageModel):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to logits (B, num_classes)."""
-        # not left to the base class: torch.fx looks for functions that it does not trace where `forward` is defined
+        # not in the base class: torch.fx looks for functions that it does not trace where `forward` is defined
         return self.forward_head(self.forward_features(x))
 
 
@@ -347,15 +305,7 @@ def checkpoint_filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) 
     """Take a state dict of ours, from training or from the Hub.
 
     Learned positions are resized to the model's, bicubic and antialiased. Class attention is left out where the model
-    has none. A classifier for another number of classes than the model's is replaced by the model's own, with a
-    warning.
-
-    Args:
-        state_dict: Weights or a container of them.
-        model: The model to load them into.
-
-    Raises:
-        ValueError: The weights belong to another architecture or variant, or some are missing.
+    has none. Errors as in `fit`.
     """
     state_dict = unwrap(state_dict)
     if model.cls_token is None:
@@ -372,8 +322,7 @@ _create_xvit = partial(
     feature_cfg=dict(out_indices=3, feature_cls='getter'))
 
 _cfg = partial(
-    base_cfg, pool_size=(14, 14), first_conv=_STEM, paper_ids='arXiv:2205.13805',
-    paper_name='X-ViT: High Performance Linear Vision Transformer without Softmax')
+    base_cfg, pool_size=(14, 14), first_conv=_STEM, paper_ids='arXiv:2205.13805', paper_name=FAMILY.paper)
 
 default_cfgs = generate_default_cfgs({
     'xvit_tiny.untrained': _cfg(),

@@ -19,6 +19,7 @@ from ..zoo.records import weights_cfg
 from ._pyramid import Pyramid
 from ._timm import base_cfg, build_model
 from ._weights import own_filter_fn as checkpoint_filter_fn
+from .xvit import FAMILY
 
 __all__ = ['XNormPyramid']
 
@@ -43,10 +44,7 @@ class XNormPyramid(Pyramid):
     ):
         """
         Args:
-            embed_dims: Channels of each stage.
-            depths: Blocks of each stage.
-            num_heads: Attention heads of each stage.
-            mlp_ratios: Hidden over outer channels of the MLP of each stage.
+            embed_dims, depths, num_heads, mlp_ratios: Channels, blocks, heads and expansion of the MLP of each stage.
             attn_layer: Mechanism by name, or a module class or factory.
             attn_kwargs: Further arguments of the mechanism.
             attn_ratio: Channels of queries, keys and values each over those of the map, without effect on other
@@ -56,21 +54,13 @@ class XNormPyramid(Pyramid):
         if attn_layer == 'xnorm':
             attn_kwargs = dict(dict(attn_ratio=attn_ratio), **(attn_kwargs or {}))
         super().__init__(
-            embed_dims=embed_dims,
-            depths=depths,
-            num_heads=num_heads,
-            mlp_ratios=mlp_ratios,
-            attn_layer=attn_layer,
-            attn_kwargs=attn_kwargs,
-            **kwargs,
-        )
+            embed_dims=embed_dims, depths=depths, num_heads=num_heads, mlp_ratios=mlp_ratios, attn_layer=attn_layer,
+            attn_kwargs=attn_kwargs, **kwargs)
 
 
 _create_xvit_pyramid = partial(build_model, XNormPyramid, pretrained_filter_fn=checkpoint_filter_fn)
 
-_cfg = partial(
-    base_cfg, paper_ids='arXiv:2205.13805',
-    paper_name='X-ViT: High Performance Linear Vision Transformer without Softmax')
+_cfg = partial(base_cfg, paper_ids='arXiv:2205.13805', paper_name=FAMILY.paper)
 
 default_cfgs = generate_default_cfgs({
     # a tag with weights comes first and the default is starred, or its classes would become those of the bare name
