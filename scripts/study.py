@@ -46,7 +46,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from timm.data import resolve_data_config
+from timm.utils import load_checkpoint_metadata
+
+from vitlinear.layers.random_walk import MAX_BETA
+from vitlinear.tools import _datasets, _script
+from vitlinear.zoo.records import csv_text, write_text
 
 ROOT = Path(__file__).resolve().parent.parent
 STAGES = 4
@@ -55,9 +62,6 @@ FIELDS = ['setting', 'seed', 'epochs', 'options', 'top1', 'train_loss', 'seconds
 
 def learned_betas(folder: Path, data_dir: str) -> dict[str, str]:
     """Mean of beta in each stage, empty where it is not learned."""
-    from timm.utils import load_checkpoint_metadata
-
-    from vitlinear.layers.random_walk import MAX_BETA
     state = load_checkpoint_metadata(str(folder / 'last.pth.tar'))['state_dict']
     betas = {}
     for i in range(STAGES):
@@ -69,21 +73,15 @@ def learned_betas(folder: Path, data_dir: str) -> dict[str, str]:
 
 def switch(folder: Path, data_dir: str) -> dict[str, str]:
     """Accuracy before and after the switch to inference."""
-    import torch
-    from timm.data import create_loader, resolve_data_config
-
-    from vitlinear.tools import _datasets, _script
     args = argparse.Namespace(**yaml.safe_load((folder / 'args.yaml').read_text()))
-    args.data_dir = data_dir
+    args.data_dir, args.batch_size, args.workers, args.no_prefetcher = data_dir, 500, 0, True
     # the end of the ramp, which is not in the state dict: thresholds of 1
     args.model_kwargs = dict(attn_kwargs=dict(aux_mode='always', aux_threshold=1.))
     model = _script.create_model(args).eval()
     _script.load_weights(model, str(folder / 'last.pth.tar'))
     config = resolve_data_config(vars(args), model=model)
-    loader = create_loader(
-        _datasets.open_dataset(args, 'validation', config['input_size'][0]), input_size=config['input_size'],
-        batch_size=500, interpolation=config['interpolation'], mean=config['mean'], std=config['std'], num_workers=0,
-        crop_pct=config['crop_pct'], use_prefetcher=False)
+    dataset = _datasets.open_dataset(args, 'validation', config['input_size'][0])
+    loader = _datasets.evaluation_loader(dataset, config, args, torch.device('cpu'))
     images, targets = (torch.cat(parts) for parts in zip(*loader))
 
     def logits() -> torch.Tensor:
@@ -174,14 +172,8 @@ def read_rows(path: Path) -> list[dict[str, str]]:
 
 def write(path: Path, text: str) -> None:
     """All at once, so that the file is whole whenever this is interrupted."""
-    from vitlinear.zoo.records import write_text
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, text)
-
-
-def write_rows(path: Path, fields: Sequence[str], rows: Sequence[dict[str, str]]) -> None:
-    from vitlinear.zoo.records import csv_text
-    write(path, csv_text(fields, rows))
 
 
 def key_of(row: dict[str, str]) -> tuple:
@@ -265,7 +257,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         except subprocess.CalledProcessError as e:
             print(f"{row['setting']}, seed {row['seed']}: training failed, see above", file=sys.stderr)
             return e.returncode
-        write_rows(args.out, [*FIELDS, *study.fields], [*read_rows(args.out), row])
+        write(args.out, csv_text([*FIELDS, *study.fields], [*read_rows(args.out), row]))
     keys = set(map(key_of, wanted))
     print(summarise([row for row in read_rows(args.out) if key_of(row) in keys], study))
     return 0

@@ -2,7 +2,6 @@
 import argparse
 import logging
 import os
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -107,6 +106,31 @@ def open_dataset(
     return dataset
 
 
+def evaluation_loader(
+        dataset: torch.utils.data.Dataset,
+        config: dict[str, Any],
+        args: argparse.Namespace,
+        device: torch.device,
+) -> Any:
+    """timm.data.create_loader, for images prepared as `config` says.
+
+    Args:
+        dataset: The images.
+        config: What `_script.data_config_for` gives.
+        args: Arguments that hold the loader flags and batch_size.
+        device: Where the batches go.
+    """
+    return create_loader(
+        dataset,
+        **config,
+        batch_size=args.batch_size,
+        use_prefetcher=not args.no_prefetcher,
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+    )
+
+
 def class_index(dataset: torch.utils.data.Dataset) -> dict[str, int] | None:
     """Class names and indices of a dataset that knows them."""
     index = getattr(getattr(dataset, 'reader', dataset), 'class_to_idx', None)
@@ -122,22 +146,3 @@ def check_classes(dataset: torch.utils.data.Dataset, split: str, num_classes: in
         raise UsageError(
             f'split {split} has {found} classes and the head of the model {num_classes}: give --num-classes {found}, '
             f'or other data')
-
-
-def evaluation_loader(
-        dataset: torch.utils.data.Dataset,
-        config: Mapping[str, Any],
-        args: argparse.Namespace,
-        device: torch.device,
-) -> torch.utils.data.DataLoader:
-    """timm's loader for evaluation, with a data config and the loader flags."""
-    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    return create_loader(
-        dataset,
-        batch_size=args.batch_size,
-        use_prefetcher=not args.no_prefetcher,
-        num_workers=args.workers,
-        pin_memory=args.pin_mem,
-        device=device,
-        **{name: config[name] for name in names},
-    )

@@ -178,12 +178,11 @@ def _misfits(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
 
 
 def _disagreements(record: Record, config: dict[str, Any]) -> list[str]:
-    cfg = {**config['pretrained_cfg'], **{k: config[k] for k in ('num_classes', 'label_names') if k in config}}
+    own = {k: config[k] for k in ('architecture', 'num_classes', 'label_names') if k in config}
+    found = {k: tuple(v) if isinstance(v, list) else v for k, v in {**config['pretrained_cfg'], **own}.items()}
     told = dict(architecture=record.architecture, tag=record.tag, **{
         name: getattr(record.cfg, name)
         for name in ('num_classes', 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'label_names')})
-    cfg['architecture'] = config['architecture']
-    found = {k: tuple(v) if isinstance(v, list) else v for k, v in cfg.items()}
     return [
         f'config.json says {name} = {found.get(name)!r}, {RECORD_NAME} {value!r}'
         for name, value in told.items() if found.get(name) != value]

@@ -20,10 +20,10 @@ import timm
 import torch
 import torch.nn as nn
 import yaml
+from timm import utils
 from timm.data import resolve_data_config
 from timm.models import load_checkpoint
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
-from timm.utils import ParseKwargs
 from tqdm import tqdm
 
 from ..models import BACKBONES
@@ -60,6 +60,11 @@ def run_script(name: str, script: Callable[[], None]) -> int:
     return 0
 
 
+def command(name: str) -> Callable[[Callable], Callable[..., int]]:
+    """Decorator that makes a command's `main` of a function of the words of the command line, see `run_script`."""
+    return lambda run: lambda argv=None: run_script(name, partial(run, argv))
+
+
 @contextmanager
 def usage_errors(doing: str):
     """Report whatever the libraries below object to as a `UsageError` that says what was being done."""
@@ -77,22 +82,18 @@ def suggest(name: str, names: Iterable[str]) -> str:
     return f', did you mean {" or ".join(near)}?' if near else ''
 
 
-def _int_from(least: int, value: str) -> int:
+def _integer(value: str, at_least: int) -> int:
     try:
         number = int(value)
     except ValueError:
         raise argparse.ArgumentTypeError(f'expected an integer, not {value!r}') from None
-    if number < least:
-        raise argparse.ArgumentTypeError(f'must be {least} or more, not {number}')
+    if number < at_least:
+        raise argparse.ArgumentTypeError(f'must be {at_least} or more, not {number}')
     return number
 
 
-def natural_int(value: str) -> int:
-    return _int_from(0, value)
-
-
-def positive_int(value: str) -> int:
-    return _int_from(1, value)
+natural_int = partial(_integer, at_least=0)
+positive_int = partial(_integer, at_least=1)
 
 
 class Parser(argparse.ArgumentParser):
@@ -185,7 +186,7 @@ def _typed(action: argparse.Action, value: Any) -> Any:
 
     if value is None and action.default in (None, ''):
         return action.default
-    if isinstance(action, ParseKwargs):
+    if isinstance(action, utils.ParseKwargs):
         if not isinstance(value, dict):
             raise ValueError(f'expected a mapping, not {value!r}')
         return value
@@ -240,7 +241,7 @@ def add_input_flags(flag: Callable) -> None:
     flag('--std', type=float, nargs='+', metavar='X', help='standard deviation of pixels, per channel')
     flag('--interpolation', default='', metavar='NAME', help='interpolation of the evaluation resize')
     flag('--channels-last', action='store_true', help='channels-last memory format')
-    flag('--model-kwargs', nargs='*', default={}, action=ParseKwargs, metavar='K=V', help='constructor arguments')
+    flag('--model-kwargs', nargs='*', default={}, action=utils.ParseKwargs, metavar='K=V', help='constructor arguments')
     flag('--torchcompile', nargs='?', const='inductor', metavar='BACKEND', help='compile the model')
 
 
@@ -315,14 +316,17 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bo
     load_checkpoint(model, path, use_ema, filter_fn=filter_fn)
 
 
-def check_checkpoint(args: argparse.Namespace) -> None:
+def create_evaluated_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
+    """The model to evaluate, with the weights of args.checkpoint, or with the published ones where that is empty.
+
+    Args:
+        args: Arguments that hold the model's and input flags, checkpoint, use_ema and seed.
+        pretrained: Load the published weights first even where there is a checkpoint.
+    """
     if args.checkpoint and not os.path.isfile(args.checkpoint):
         raise UsageError(f'checkpoint {args.checkpoint} does not exist')
-
-
-def create_with_weights(args: argparse.Namespace, pretrained: bool) -> nn.Module:
-    """The model with the published weights, or with those of `--checkpoint`."""
-    model = create_model(args, pretrained=pretrained)
+    utils.random_seed(args.seed)
+    model = create_model(args, pretrained=pretrained or not args.checkpoint)
     if args.checkpoint:
         with usage_errors(f'checkpoint {args.checkpoint}'):
             load_weights(model, args.checkpoint, args.use_ema, new_head=False)
@@ -340,8 +344,20 @@ def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: b
     return config
 
 
-def check_forward(model: nn.Module, input_size: tuple[int, int, int], device: torch.device, autocast: Callable) -> None:
-    """Send one blank image through the model, so that a wrong size is an answer and not a traceback mid-epoch."""
+def put_on_device(
+        model: nn.Module,
+        args: argparse.Namespace,
+        input_size: tuple[int, int, int],
+        device: torch.device,
+        autocast: Callable[[], AbstractContextManager],
+) -> None:
+    """Move a model and send a blank image through it, so that a wrong size is an answer, no traceback mid-epoch."""
+    if device.type == 'cuda':
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.benchmark = True
+    model.to(device=device)
+    if args.channels_last:
+        model.to(memory_format=torch.channels_last)
     training = model.training
     model.eval()
     shape = 'x'.join(str(n) for n in input_size)
@@ -387,14 +403,7 @@ def clock(seconds: float) -> str:
 
 
 class Progress:
-    """A bar on a terminal, a line every few steps elsewhere; both on stderr.
-
-    Args:
-        label: What is going on.
-        steps: Number of steps.
-        interval: Steps between two lines.
-        show: False in the processes that stay quiet.
-    """
+    """A bar on a terminal, a line every `interval` steps elsewhere; both on stderr, and neither unless `show`."""
 
     def __init__(self, label: str, steps: int, interval: int, show: bool = True) -> None:
         self.label, self.steps, self.interval, self.show = label, steps, max(1, interval), show

@@ -12,6 +12,11 @@ from timm.data import FastCollateMixup, Mixup, create_loader
 from . import _datasets
 from ._script import UsageError, usage_errors
 
+# of timm's create_loader, named as our flags are
+_LOADER_ARGUMENTS = (
+    'no_aug', 'train_crop_mode', 'scale', 'ratio', 'hflip', 'vflip', 'color_jitter', 'color_jitter_prob',
+    'grayscale_prob', 'gaussian_blur_prob', 'worker_seeding')
+
 
 def posterize(image: Image.Image, bits: int, **kwargs) -> Image.Image:
     """timm's operation of that name, for 0 bits too: Pillow 13 refuses what was a black image before."""
@@ -51,10 +56,9 @@ def make_loaders(
     if args.aug_repeats and not args.distributed:
         raise UsageError('--aug-repeats needs several processes (torchrun)')
 
-    mix, collate_fn, mixup_fn = None, None, None
+    collate_fn, mixup_fn = None, None
     if args.mixup > 0 or args.cutmix > 0 or args.cutmix_minmax is not None:
-        mix = Mixup if args.no_prefetcher else FastCollateMixup
-        mix = mix(
+        mix = (Mixup if args.no_prefetcher else FastCollateMixup)(
             mixup_alpha=args.mixup,
             cutmix_alpha=args.cutmix,
             cutmix_minmax=args.cutmix_minmax,
@@ -68,40 +72,28 @@ def make_loaders(
         if args.batch_size % 2:
             raise UsageError(f'mixup and cutmix need an even --batch-size, not {args.batch_size}')
 
-    common = {
-        'input_size': data_config['input_size'],
-        'mean': data_config['mean'],
-        'std': data_config['std'],
-        'num_workers': args.workers,
-        'pin_memory': args.pin_mem,
-        'device': device,
-        'distributed': args.distributed,
-        'use_prefetcher': not args.no_prefetcher,
-        'persistent_workers': False,  # new ones take their seeds from the epoch's generator
-    }
+    common = dict(
+        **{name: data_config[name] for name in ('input_size', 'mean', 'std')},
+        num_workers=args.workers,
+        pin_memory=args.pin_mem,
+        device=device,
+        distributed=args.distributed,
+        use_prefetcher=not args.no_prefetcher,
+        persistent_workers=False,  # new ones take their seeds from the epoch's generator
+    )
     with usage_errors('augmentation'):
         train_loader = create_loader(
             train_set,
             batch_size=args.batch_size,
             is_training=True,
-            no_aug=args.no_aug,
             re_prob=args.reprob,
             re_mode=args.remode,
             re_count=args.recount,
-            train_crop_mode=args.train_crop_mode,
-            scale=args.scale,
-            ratio=args.ratio,
-            hflip=args.hflip,
-            vflip=args.vflip,
-            color_jitter=args.color_jitter,
-            color_jitter_prob=args.color_jitter_prob,
-            grayscale_prob=args.grayscale_prob,
-            gaussian_blur_prob=args.gaussian_blur_prob,
             auto_augment=args.aa,
             num_aug_repeats=args.aug_repeats,
             interpolation=(not args.no_aug and args.train_interpolation) or data_config['interpolation'],
             collate_fn=collate_fn,
-            worker_seeding=args.worker_seeding,
+            **{name: getattr(args, name) for name in _LOADER_ARGUMENTS},
             **common,
         )
     mend_posterize(train_set.transform.transforms)

@@ -17,10 +17,10 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..models import is_ours
 from ..zoo.families import Family
 from ..zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
-from ._script import Parser, RunError, UsageError, run_script, suggest, usage_errors
+from ._folders import CARD_NAME
+from ._script import Parser, RunError, UsageError, command, suggest, usage_errors
 from .info import architectures, family_of, measured, numbers, percent, published, short, size_of
 
-CARD_NAME = 'README.md'
 WIDTH = 120
 
 _CLASSIFICATION = '''\
@@ -133,8 +133,8 @@ def _front_matter(record: Record) -> str:
 
 def _shapes(record: Record) -> dict:
     """Shapes that the snippets print, from a run of the model on 'meta'."""
-    config = record.folder / 'config.json' if record.folder else None
-    name = f'local-dir:{record.folder}' if config and config.is_file() else record.architecture
+    has_config = record.folder and (record.folder / 'config.json').is_file()
+    name = f'local-dir:{record.folder}' if has_config else record.architecture
     images = torch.empty(1, *record.cfg.input_size, device='meta')
     kwargs = dict(in_chans=record.cfg.input_size[0], device='meta')
     with torch.no_grad():
@@ -157,42 +157,35 @@ def _summary(record: Record, family: Family) -> str:
 
 def _details(record: Record, family: Family) -> list[str]:
     cfg, dataset, top1 = record.cfg, record.dataset, measured(record)
-    origin = timm.get_pretrained_cfg(record.architecture).origin_url
-    lines = [
-        '**Model type:** image classification and feature backbone, linear attention',
-        f'**Parameters:** {record.parameters:,}',
-    ]
-    if record.macs:
-        lines.append(f'**MACs:** {short(record.macs)} at {size_of(cfg.input_size)}, attention products counted')
-    lines.append(
-        f'**Images:** {size_of(cfg.input_size)} (channels, height, width), {cfg.interpolation} interpolation, crop '
-        f'{cfg.crop_pct:g}, mean {numbers(cfg.mean)}, std {numbers(cfg.std)}; {cfg.num_classes} classes')
+    origin, said = timm.get_pretrained_cfg(record.architecture).origin_url, published(record.architecture)
+    accuracy = 'not measured'
     if top1:
-        lines.append(f'**Accuracy:** **{percent(top1.value)} % top-1** on {top1.dataset} ({top1.detail})')
-    else:
-        lines.append('**Accuracy:** not measured')
-        said = published(record.architecture)
-        if said and cfg.num_classes == 1000:
-            who = dict(paper='the paper', authors='its authors').get(said.source, said.source)
-            lines[-1] += (
-                f'. Published for the architecture, by {who}: {percent(said.value)} % top-1 on {said.dataset} '
-                f'({said.detail}); whether these weights reach it is not known')
-    lines += [
-        f'**Mechanism:** {record.provenance.mechanism}',
-        f'**Configuration:** {record.provenance.configuration}',
-    ]
-    if family.paper:
-        lines.append(f'**Paper:** {", ".join(filter(None, (family.paper, family.url)))}')
-    if origin:
-        lines.append(f"**Authors' code:** {origin}")
+        accuracy = f'**{percent(top1.value)} % top-1** on {top1.dataset} ({top1.detail})'
+    elif said and cfg.num_classes == 1000:
+        who = dict(paper='the paper', authors='its authors').get(said.source, said.source)
+        accuracy += (
+            f'. Published for the architecture, by {who}: {percent(said.value)} % top-1 on {said.dataset} '
+            f'({said.detail}); whether these weights reach it is not known')
+    data = []
     if dataset:
         counts = ((dataset.train_images, 'training images'), (dataset.test_images, 'test images'))
-        words = [dataset.name, *[f'{n:,} {what}' for n, what in counts if n], dataset.url]
-        words += [f'licence {dataset.license}'] if dataset.license else []
-        lines.append('**Data:** ' + ', '.join(filter(None, words)))
-    if not record.license:
-        lines.append('**Licence:** unknown; ask whoever made these weights before you use them')
-    return [_fill(line, '- ') for line in lines]
+        data = [dataset.name, *[f'{n:,} {what}' for n, what in counts if n], dataset.url]
+        data += [f'licence {dataset.license}'] if dataset.license else []
+    lines = (
+        '**Model type:** image classification and feature backbone, linear attention',
+        f'**Parameters:** {record.parameters:,}',
+        record.macs and f'**MACs:** {short(record.macs)} at {size_of(cfg.input_size)}, attention products counted',
+        f'**Images:** {size_of(cfg.input_size)} (channels, height, width), {cfg.interpolation} interpolation, crop '
+        f'{cfg.crop_pct:g}, mean {numbers(cfg.mean)}, std {numbers(cfg.std)}; {cfg.num_classes} classes',
+        f'**Accuracy:** {accuracy}',
+        f'**Mechanism:** {record.provenance.mechanism}',
+        f'**Configuration:** {record.provenance.configuration}',
+        family.paper and f'**Paper:** {", ".join(filter(None, (family.paper, family.url)))}',
+        origin and f"**Authors' code:** {origin}",
+        data and f'**Data:** {", ".join(filter(None, data))}',
+        not record.license and '**Licence:** unknown; ask whoever made these weights before you use them',
+    )
+    return [_fill(line, '- ') for line in lines if line]
 
 
 def _training(record: Record) -> list[str]:
@@ -204,24 +197,18 @@ def _training(record: Record) -> list[str]:
             ('args.yaml', 'holds all settings'), ('summary.csv', 'the loss and accuracy of each epoch'))
         if record.folder and (record.folder / name).is_file()]
     files += [f'`{facts.log}` the output'] if facts.log else []
-    lines, blocks = [], []
-    if facts.epochs:
-        lines.append(f'{facts.epochs} epochs')
-    if facts.seeds:
-        runs = 'one run, seed' if len(facts.seeds) == 1 else f'{len(facts.seeds)} runs, seeds'
-        lines.append(f'{runs} {", ".join(map(str, facts.seeds))}')
-    if facts.weights:
-        lines.append(f'Weights: {facts.weights}')
-    if facts.hardware:
-        lines.append(f'Hardware: {facts.hardware}')
-    if facts.software:
-        lines.append('Software: ' + ', '.join(f'{name} {version}' for name, version in facts.software.items()))
-    if facts.wall_time:
-        lines.append(f'Wall time: {facts.wall_time}')
-    lines += [f'Recipe: `{facts.config}`'] if facts.config else []
-    if files:
-        lines.append(', '.join(files))
-    blocks.append('\n'.join(_fill(line[0].upper() + line[1:], '- ') for line in lines))
+    runs = 'One run, seed' if len(facts.seeds) == 1 else f'{len(facts.seeds)} runs, seeds'
+    told = (
+        ('{} epochs', facts.epochs),
+        (f'{runs} {{}}', ', '.join(map(str, facts.seeds))),
+        ('Weights: {}', facts.weights),
+        ('Hardware: {}', facts.hardware),
+        ('Software: {}', ', '.join(f'{name} {version}' for name, version in facts.software.items())),
+        ('Wall time: {}', facts.wall_time),
+        ('Recipe: `{}`', facts.config),
+        ('{}', ', '.join(files)),
+    )
+    blocks = ['\n'.join(_fill(text.format(value), '- ') for text, value in told if value)]
     if facts.command:
         blocks.append(_code('sh', _command(facts.command)))
     return blocks
@@ -249,14 +236,14 @@ def render_card(record: Record, repo_id: str | None = None) -> str:
     family, cfg, name = family_of(record.architecture), record.cfg, model_name(record, repo_id)
     size = ', '.join(str(n) for n in cfg.input_size)
     hub = repo_id or record.hub.repo_id
-    where = dict(
-        tag='The package knows these weights by name; `import vitlinear` makes them known to timm.',
-        hub='`import vitlinear` makes the architecture known to timm.',
-        folder=f'`import vitlinear` makes the architecture known to timm. The folder `{name.partition(":")[2]}` is '
-               f'looked for where Python was started.',
-    )['tag' if ':' not in name else 'hub' if name.startswith('hf-hub:') else 'folder']
-    if hub and ':' not in name:
-        where += f' From the Hub they load as `timm.create_model({"hf-hub:" + hub!r}, pretrained=True)`, too.'
+    if ':' not in name:
+        where = 'The package knows these weights by name; `import vitlinear` makes them known to timm.'
+        if hub:
+            where += f' From the Hub they load as `timm.create_model({"hf-hub:" + hub!r}, pretrained=True)`, too.'
+    else:
+        where = '`import vitlinear` makes the architecture known to timm.'
+        if name.startswith('local-dir:'):
+            where += f' The folder `{name.partition(":")[2]}` is looked for where Python was started.'
     labels = cfg.label_names is not None
     blocks = [
         _front_matter(record),
@@ -294,8 +281,7 @@ def render_card(record: Record, repo_id: str | None = None) -> str:
     ]
     if record.metrics:
         blocks += ['## Evaluation', *_evaluation(record)]
-    blocks += ['## File', '\n'.join((
-        f'- `{record.file}`, {record.size:,} bytes', f'- sha256 `{record.sha256}`'))]
+    blocks += ['## File', f'- `{record.file}`, {record.size:,} bytes\n- sha256 `{record.sha256}`']
     if record.limits:
         blocks += ['## Limits', _fill(record.limits)]
     if family.bibtex:
@@ -322,7 +308,7 @@ def write_card(folder: str | Path, record: Record | None = None, repo_id: str | 
 def _read(folder: Path) -> Record:
     if not (folder / RECORD_NAME).is_file():
         raise UsageError(f'{folder} is no folder of a checkpoint: it has no {RECORD_NAME}')
-    with usage_errors(f'{folder}'):
+    with usage_errors(str(folder)):
         record = read_record(folder)
     if not is_ours(record.architecture):
         raise UsageError(
@@ -331,7 +317,8 @@ def _read(folder: Path) -> Record:
     return record
 
 
-def _main(argv: Sequence[str] | None = None) -> None:
+@command('card')
+def main(argv: Sequence[str] | None) -> None:
     parser = Parser('card', {}, description='Write cards of checkpoints from their records.')
     parser.add_argument('folders', nargs='+', type=Path, metavar='FOLDER', help='folder that holds record.json')
     parser.add_argument('--check', action='store_true', help='write nothing, fail if a card is out of date')
@@ -353,7 +340,3 @@ def _main(argv: Sequence[str] | None = None) -> None:
             print(path)
     if stale:
         raise RunError(f'out of date: {", ".join(stale)}; "vitlinear card FOLDER" writes them anew')
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return run_script('card', lambda: _main(argv))

@@ -1,7 +1,8 @@
 """The console script `vitlinear`."""
 import sys
 from importlib import import_module
-from importlib.metadata import PackageNotFoundError, version
+
+import vitlinear
 
 COMMANDS = {
     'train': ('vitlinear.tools.train', 'train or fine-tune a classifier'),
@@ -28,14 +29,6 @@ def usage() -> str:
     ])
 
 
-def package_version() -> str:
-    try:
-        return version('vitlinear')
-    except PackageNotFoundError:  # a checkout that is not installed
-        from vitlinear import __version__
-        return __version__
-
-
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ('-h', '--help'):
@@ -43,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0 if argv else 2
     command, *rest = argv
     if command == '--version':
-        print(f'vitlinear {package_version()}')
+        print(f'vitlinear {vitlinear.__version__}')
         return 0
     if command not in COMMANDS:
         print(f'vitlinear: error: unknown command {command}; one of: {", ".join(COMMANDS)}', file=sys.stderr)

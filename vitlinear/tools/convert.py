@@ -11,8 +11,7 @@ images are to be prepared is taken from a training checkpoint, else from the cfg
 import argparse
 import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +22,8 @@ from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
 
 import vitlinear
-from vitlinear.models import backbone_of, is_ours
 
+from ..models import backbone_of, is_ours
 from ..models._castling import SCHEDULE_ARGUMENTS
 from ..models._timm import read_weights
 from ..zoo._flax import is_flax
@@ -41,32 +40,24 @@ _FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'i
 
 
 def _is_of_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> bool:
-    """Whether the family's filter takes weights for those of a backbone that they are to be trained further from."""
     is_of_host = backbone_of(model.pretrained_cfg['architecture']).is_of_host
     return is_of_host is not None and is_of_host(state_dict, model)
 
 
 def _fits(state_dict: dict[str, torch.Tensor], architecture: str, kwargs: dict[str, Any]) -> str | None:
     """None if the weights are of that architecture, else why they are not."""
-    with _no_warnings():
+    logger = logging.getLogger('vitlinear.models')
+    level = logger.level
+    logger.setLevel(logging.ERROR)  # no warnings about heads of other sizes while models are tried on
+    try:
         model = timm.create_model(architecture, device='meta', **kwargs)
         try:
             backbone_of(architecture).checkpoint_filter_fn(dict(state_dict), model)
         except (ValueError, KeyError, RuntimeError) as e:
             return (str(e) or type(e).__name__).splitlines()[0]
-    return None
-
-
-@contextmanager
-def _no_warnings() -> Iterator[None]:
-    """Keep warnings about heads of other sizes to ourselves while models are tried on."""
-    logger = logging.getLogger('vitlinear.models')
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
     finally:
         logger.setLevel(level)
+    return None
 
 
 def variant_of(state_dict: dict[str, torch.Tensor], architecture: str) -> str | None:
@@ -76,10 +67,9 @@ def variant_of(state_dict: dict[str, torch.Tensor], architecture: str) -> str | 
         state_dict: Weights, named as their authors or we do.
         architecture: Any architecture of the family; taken if the weights fit several.
     """
-    found = _inferred(state_dict, architecture)
     family = backbone_of(architecture).family
     names = [architecture, *(name for name in architectures() if backbone_of(name).family is family)]
-    return found or next((name for name in names if _fits(state_dict, name, {}) is None), None)
+    return _inferred(state_dict, architecture) or next((n for n in names if _fits(state_dict, n, {}) is None), None)
 
 
 def _inferred(state_dict: dict[str, torch.Tensor], architecture: str) -> str | None:
@@ -117,14 +107,11 @@ def _classes(state_dict: dict[str, torch.Tensor]) -> int | None:
 
 def _load(path: Path, architecture: str, kwargs: dict[str, Any], state_dict: dict[str, torch.Tensor]) -> nn.Module:
     """A model with exactly these weights: nothing missing, nothing left over, no head replaced."""
-    other = _inferred(state_dict, architecture)
-    reason = None
+    other, reason = _inferred(state_dict, architecture), None
     if other in (None, architecture):
-        other = None
         with usage_errors(f'--model {architecture}'):
             reason = _fits(state_dict, architecture, kwargs)
-        if reason:
-            other = variant_of(state_dict, architecture)
+        other = variant_of(state_dict, architecture) if reason else None
     if other:
         raise UsageError(
             f'{path} holds no weights of {architecture}: it is a checkpoint of {other}, give --model {other}')
@@ -235,13 +222,11 @@ def convert(
     args = argparse.Namespace(**{**dict.fromkeys(_FROM_RUN), **settings})
     labels = labels or made.pretrained_cfg.get('label_names')
     cfg = data_cfg(made, args, labels)
-    found = dict(
-        provenance=dict(
-            trained_by=f'someone this record does not know: converted from {path.name}, sha256 {sha256(path)}',
-            mechanism=f'as implemented in vitlinear {vitlinear.__version__}',
-            configuration=f'that of {architecture}',
-        ),
-    )
+    found = dict(provenance=dict(
+        trained_by=f'someone this record does not know: converted from {path.name}, sha256 {sha256(path)}',
+        mechanism=f'as implemented in vitlinear {vitlinear.__version__}',
+        configuration=f'that of {architecture}',
+    ))
     made.pretrained_cfg['architecture'] = architecture
     if _is_of_host(state_dict, made):
         found['limits'] = (
@@ -250,7 +235,8 @@ def convert(
     return export_model(made, folder, tag, cfg, merged(found, facts or {}))
 
 
-def _main(argv: Sequence[str] | None) -> None:
+@_script.command('convert')
+def main(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('convert', {}, description='Write a checkpoint of any kind as a folder for the Hub.')
     parser.add_argument('file', type=Path, metavar='FILE', help='checkpoint: .pth, .safetensors, msgpack of Flax')
     parser.add_argument('--model', required=True, metavar='NAME', help='architecture, or architecture.tag')
@@ -264,11 +250,7 @@ def _main(argv: Sequence[str] | None) -> None:
     flag('--interpolation', metavar='NAME', help='interpolation of the evaluation resize')
     flag('--model-kwargs', nargs='*', action=ParseKwargs, metavar='K=V', help='constructor arguments')
     args = parser.parse_args(argv)
+    names = 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs'
     report(convert(
         args.file, args.model, args.output, args.tag, args.ema, args.labels, read_facts(args.facts),
-        input_size=args.input_size, mean=args.mean, std=args.std, crop_pct=args.crop_pct,
-        interpolation=args.interpolation, model_kwargs=args.model_kwargs))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return _script.run_script('convert', lambda: _main(argv))
+        **{name: getattr(args, name) for name in names}))

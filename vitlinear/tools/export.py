@@ -13,19 +13,20 @@ import csv
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import timm
-import torch
 import yaml
 from timm.models import save_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
+from torchvision import datasets
 
 import vitlinear
 
+from ..models import is_ours
 from ..models._castling import SCHEDULE_ARGUMENTS
 from ..models._timm import read_weights
 from ..zoo.hub import sha256
@@ -48,15 +49,10 @@ DATASETS = {
     'torch/cifar100': Dataset(
         'uoft-cs/cifar100', 'CIFAR-100', 'https://www.cs.toronto.edu/~kriz/cifar.html', None, 50000, 10000),
 }
-_LABELS = {'torch/fashion_mnist': 'FashionMNIST', 'torch/mnist': 'MNIST', 'torch/kmnist': 'KMNIST'}
-
-
-def labels_of(dataset: str) -> list[str] | None:
-    """Names of the classes of those datasets whose names torchvision knows without the data."""
-    if dataset.lower() not in _LABELS:
-        return None
-    from torchvision import datasets
-    return [str(name) for name in getattr(datasets, _LABELS[dataset.lower()]).classes]
+# of those datasets whose classes torchvision can name without the data
+_LABELS = {
+    'torch/fashion_mnist': datasets.FashionMNIST.classes, 'torch/mnist': datasets.MNIST.classes,
+    'torch/kmnist': datasets.KMNIST.classes}
 
 
 def split_name(folder: Path, architecture: str, tag: str | None, default: str | None = None) -> str:
@@ -106,7 +102,6 @@ def export_model(
         facts: Fields of the record beside those that follow from the model.
         files: Further files for the folder.
     """
-
     check_target(folder)
     architecture = model.pretrained_cfg['architecture']
     if cfg.num_classes != model.num_classes:
@@ -145,7 +140,7 @@ def export_model(
         problems = folder_problems(new)
         if problems:
             raise UsageError(f'{folder} was not written: {"; ".join(problems)}')
-    return record_from_dict(data, folder)
+    return replace(record, folder=folder)
 
 
 def _slim_config(path: Path, architecture: str) -> dict[str, Any]:
@@ -154,10 +149,9 @@ def _slim_config(path: Path, architecture: str) -> dict[str, Any]:
     arguments = config.pop('model_args', {})
     default = timm.create_model(architecture, device='meta')
     arguments.pop('num_classes', None)  # transformers passes it on its own, and fails when it meets it twice
-    if arguments.get('in_chans') == default.in_chans:  # of another number transformers learns from here alone
-        arguments.pop('in_chans')
-    if arguments.get('global_pool') == getattr(default, 'global_pool', None):
-        arguments.pop('global_pool', None)
+    for name in ('in_chans', 'global_pool'):  # where they differ, transformers learns them from here alone
+        if name in arguments and arguments[name] == getattr(default, name, None):
+            del arguments[name]
     if arguments:
         config['model_args'] = arguments
     path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
@@ -172,51 +166,35 @@ def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Sequence[str] |
     if labels and len(labels) != model.num_classes:
         raise UsageError(f'--labels: {len(labels)} names for {model.num_classes} classes')
     for name in ('mean', 'std'):
-        config[name] = tuple(config[name]) * (channels if len(config[name]) == 1 else 1)
+        config[name] = tuple(map(float, config[name])) * (channels if len(config[name]) == 1 else 1)
         if len(config[name]) != channels:
             raise UsageError(
                 f'--{name} is needed: {len(config[name])} numbers are known, the model takes {channels} channels')
-    return Cfg(
+    config.update(
         num_classes=model.num_classes,
         input_size=tuple(config['input_size']),
         pool_size=tuple(-(-n // reduction) for n in config['input_size'][1:]),
         crop_pct=float(config['crop_pct']),
-        interpolation=config['interpolation'],
-        mean=tuple(float(x) for x in config['mean']),
-        std=tuple(float(x) for x in config['std']),
         label_names=tuple(labels) if labels else None,
-        crop_mode=config.get('crop_mode') or 'center',
     )
+    return Cfg(**config)
 
 
-def run_model(args: argparse.Namespace, state_dict: dict[str, torch.Tensor], path: Path) -> nn.Module:
-    """The model of a training run, with these weights, as it is after the training."""
-    kwargs = {k: v for k, v in args.model_kwargs.items() if k not in SCHEDULE_ARGUMENTS}
-    model = _script.create_model(argparse.Namespace(**{**vars(args), 'model_kwargs': kwargs}))
-    try:
-        model.load_state_dict(state_dict)
-    except RuntimeError as e:
-        raise UsageError(f'{path} does not fit {args.model}: {str(e).splitlines()[-1].strip()}') from e
-    return model
-
-
-def _metric(run: dict[str, Any], summary: Path, epoch: int) -> list[dict[str, Any]]:
+def _accuracy(run: argparse.Namespace, summary: Path, epoch: int, images: int | None) -> list[dict[str, Any]]:
     """The accuracy that the run itself measured for the weights after an epoch, which it saved in `summary`."""
     if not summary.is_file():
         return []
     with summary.open(newline='') as f:
         rows = [row for row in csv.DictReader(f) if row.get('epoch') == str(epoch) and row.get('eval_top1')]
-    dataset = DATASETS.get(run['dataset'].lower())
     return [dict(
         name='top-1',
         unit='%',
-        value=float(rows[-1]['eval_top1']),
-        split=run['val_split'],
-        images=dataset and dataset.test_images,
-        dtype=f'{run["amp_dtype"]} autocast' if run['amp'] else 'float32',
-        seed=run['seed'],
-        command=None,
-    )] if rows else []
+        value=float(row['eval_top1']),
+        split=run.val_split,
+        images=images,
+        dtype=f'{run.amp_dtype} autocast' if run.amp else 'float32',
+        seed=run.seed,
+    ) for row in rows[-1:]]
 
 
 def export_run(
@@ -239,14 +217,13 @@ def export_run(
         labels: Names of the classes; torchvision's where it knows them.
         facts: Fields of the record.
     """
-    for name in ('args.yaml', 'model_best.pth.tar' if best else 'last.pth.tar'):
-        if not (run / name).is_file():
-            raise UsageError(f'{run} is no folder of a training run: it has no {name}')
-    path = run / ('model_best.pth.tar' if best else 'last.pth.tar')
-    with usage_errors(f'{run / "args.yaml"}'):
-        settings = yaml.safe_load((run / 'args.yaml').read_text())
-        args = argparse.Namespace(**settings)
-    with usage_errors(f'{path}'):
+    settings, path = run / 'args.yaml', run / ('model_best.pth.tar' if best else 'last.pth.tar')
+    for file in (settings, path):
+        if not file.is_file():
+            raise UsageError(f'{run} is no folder of a training run: it has no {file.name}')
+    with usage_errors(str(settings)):
+        args = argparse.Namespace(**yaml.safe_load(settings.read_text()))
+    with usage_errors(str(path)):
         meta = load_checkpoint_metadata(str(path))
         has_ema, epoch = meta.get('state_dict_ema') is not None, int(meta['epoch'])
         del meta
@@ -254,21 +231,28 @@ def export_run(
     if use_ema and not has_ema:
         raise UsageError(f'--ema: {path} holds no moving average')
     ema = has_ema and use_ema is not False
-    model = run_model(args, state_dict, path)
+    for name in SCHEDULE_ARGUMENTS:  # the model as it is after the training
+        args.model_kwargs.pop(name, None)
+    model = _script.create_model(args)
+    try:
+        model.load_state_dict(state_dict)
+    except RuntimeError as e:
+        raise UsageError(f'{path} does not fit {args.model}: {str(e).splitlines()[-1].strip()}') from e
     architecture = model.pretrained_cfg['architecture']
-    check_ours(model)
+    if not is_ours(architecture):
+        raise UsageError(f"{architecture} is a model of timm's own: timm.models.save_for_hf exports it")
     tag = split_name(folder, architecture, tag)
     # the run evaluates its moving average where it has one, unless that is kept on the CPU
-    evaluated = ema == (has_ema and not settings.get('model_ema_force_cpu'))
-    dataset = DATASETS.get(settings['dataset'].lower())
+    evaluated = ema == (has_ema and not getattr(args, 'model_ema_force_cpu', False))
+    dataset = DATASETS.get(args.dataset.lower())
     found = dict(
-        dataset=asdict(dataset) if dataset else dict(id=None, name=settings['dataset'] or 'a folder of images'),
-        metrics=_metric(settings, run / 'summary.csv', epoch) if evaluated else [],
+        dataset=asdict(dataset) if dataset else dict(id=None, name=args.dataset or 'a folder of images'),
+        metrics=_accuracy(args, run / 'summary.csv', epoch, dataset and dataset.test_images) if evaluated else [],
         training=dict(
             epochs=epoch + 1,
-            seeds=[settings['seed']],
+            seeds=[args.seed],
             weights=('moving average after ' if ema else 'weights after ') + (
-                f'the best epoch, {epoch}, chosen by {settings["eval_metric"]} on the evaluation data' if best
+                f'the best epoch, {epoch}, chosen by {args.eval_metric} on the evaluation data' if best
                 else 'the last epoch'),
             log='train.log' if (run / 'train.log').is_file() or (folder / 'train.log').is_file() else None,
         ),
@@ -279,14 +263,8 @@ def export_run(
         ),
     )
     files = [run / name for name in _RUN_FILES if (run / name).is_file()]
-    cfg = data_cfg(model, args, labels or labels_of(settings['dataset']))
+    cfg = data_cfg(model, args, labels or _LABELS.get(args.dataset.lower()))
     return export_model(model, folder, tag, cfg, merged(found, facts or {}), files)
-
-
-def check_ours(model: nn.Module) -> None:
-    if not type(model).__module__.startswith('vitlinear.'):
-        raise UsageError(
-            f"{model.pretrained_cfg['architecture']} is a model of timm's own: timm.models.save_for_hf exports it")
 
 
 def add_flags(flag: Any) -> None:
@@ -303,7 +281,8 @@ def report(record: Record) -> None:
         f'classes, sha256 {record.sha256}')
 
 
-def _main(argv: Sequence[str] | None) -> None:
+@_script.command('export')
+def main(argv: Sequence[str] | None) -> None:
     parser = _script.Parser('export', {}, description='Write a training run as a folder for the Hub.')
     parser.add_argument('run', type=Path, metavar='RUN_DIR', help='output folder of vitlinear train')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write, named ARCHITECTURE.TAG')
@@ -311,7 +290,3 @@ def _main(argv: Sequence[str] | None) -> None:
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
     report(export_run(args.run, args.folder, args.tag, args.best, args.ema, args.labels, read_facts(args.facts)))
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    return _script.run_script('export', lambda: _main(argv))

@@ -1,8 +1,8 @@
 """What there is: `vitlinear list` and `vitlinear info NAME`, and the facts behind them, the cards and README.
 
 Facts about checkpoints stand in their records, facts about architectures in timm's registry, in the family's file and
-in `zoo/architectures.json`: the accuracies that others published, and counts of parameters
-and operations, which `scripts/readme_tables` takes, since counting them all takes longer than a command should.
+in `zoo/architectures.json`: the accuracies that others published, and counts of parameters and operations, which
+`scripts/readme_tables` takes, since counting them all takes longer than a command should.
 """
 import fnmatch
 import json
@@ -19,15 +19,17 @@ from typing import Any, NamedTuple
 
 import timm
 
-from vitlinear.models import backbone_of, is_ours
-from vitlinear.tools._folders import count_macs
-from vitlinear.tools._script import Parser, UsageError, run_script, suggest
-from vitlinear.zoo.families import Family
-from vitlinear.zoo.hub import hub_org
-from vitlinear.zoo.records import Record, find_record, records
+from ..models import backbone_of, is_ours
+from ..zoo.families import Family
+from ..zoo.hub import hub_org
+from ..zoo.records import Record, find_record, records
+from ._folders import CARD_NAME, count_macs
+from ._script import Parser, UsageError, command, suggest
 
 ARCHITECTURES = Path(__file__).parents[1] / 'zoo' / 'architectures.json'
 WIDTH = 80
+
+_OF_CFG = 'num_classes', 'input_size', 'fixed_input_size', 'crop_pct', 'interpolation', 'mean', 'std'
 
 
 class Accuracy(NamedTuple):
@@ -80,7 +82,6 @@ def architectures() -> list[str]:
 
 
 def family_of(architecture: str) -> Family:
-    """Facts about the family of an architecture."""
     return backbone_of(architecture).family
 
 
@@ -157,13 +158,7 @@ def find_model(name: str) -> Model:
         family=family_of(architecture).name,
         parameters=parameters,
         macs=macs,
-        num_classes=cfg.num_classes,
-        input_size=tuple(cfg.input_size),
-        fixed_input_size=cfg.fixed_input_size,
-        crop_pct=cfg.crop_pct,
-        interpolation=cfg.interpolation,
-        mean=tuple(cfg.mean),
-        std=tuple(cfg.std),
+        **{field: getattr(cfg, field) for field in _OF_CFG},
         accuracy=accuracy,
         weights=_weights(name),
         license=record.license if record else cfg.license,
@@ -174,14 +169,13 @@ def find_model(name: str) -> Model:
 def all_models() -> list[Model]:
     """Every architecture, followed by its tags that have weights or a record; by family, the small before the large."""
     known = records()
-    families: dict[str, list[list[Model]]] = {}
+    groups = []
     for architecture in architectures():
         tagged = timm.list_models(f'{architecture}.*', include_tags=True)
         kept = [name for name in tagged if name in known or _weights(name)]
-        group = [find_model(name) for name in (architecture, *kept)]
-        families.setdefault(group[0].family, []).append(group)
-    ordered = [sorted(groups, key=lambda g: g[0].parameters) for _, groups in sorted(families.items())]
-    return [model for groups in ordered for group in groups for model in group]
+        groups.append([find_model(name) for name in (architecture, *kept)])
+    groups.sort(key=lambda group: (group[0].family, group[0].parameters))
+    return [model for group in groups for model in group]
 
 
 def short(number: float | None) -> str:
@@ -220,16 +214,15 @@ def _table(models: Sequence[Model]) -> str:
     header = ('model', 'params', 'MACs', 'input', 'top-1 %', 'weights')
     lines = []
     for _, group in groupby(models, key=lambda m: m.family):
-        group = list(group)
         rows = [header]
         for m in group:
             accuracy = f'{percent(m.accuracy.value)} {m.accuracy.source}' if m.accuracy else '-'
             rows.append((
-                m.name, short(m.parameters), short(m.macs), 'x'.join(str(n) for n in m.input_size), accuracy,
+                m.name, short(m.parameters), short(m.macs), 'x'.join(map(str, m.input_size)), accuracy,
                 m.weights.kind if m.weights else '-'))
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        family = family_of(group[0].architecture)
+        family = family_of(m.architecture)
         lines += ['', ' '.join(filter(None, (f'{family.name}: {family.title}', family.url)))]
+        widths = [max(map(len, column)) for column in zip(*rows)]
         for row in rows:
             cells = [c.rjust(w) if i in (1, 2) else c.ljust(w) for i, (c, w) in enumerate(zip(row, widths))]
             lines.append('  '.join(cells).rstrip())
@@ -241,7 +234,8 @@ _LEGEND = (
     'not measured here. "vitlinear info NAME" says more.')
 
 
-def _list(argv: Sequence[str] | None = None) -> None:
+@command('list')
+def main_list(argv: Sequence[str] | None) -> None:
     parser = Parser('list', {}, description='List the models and the weights there are for them.')
     parser.add_argument('pattern', nargs='?', metavar='PATTERN', help="part of the name, or a pattern such as '*_tiny'")
     parser.add_argument('--family', metavar='NAME', help='only the models of one family, such as vvt')
@@ -270,6 +264,7 @@ def _list(argv: Sequence[str] | None = None) -> None:
 
 def _facts(model: Model) -> list[tuple[str, str]]:
     family, record = family_of(model.architecture), find_record(model.name)
+    accuracy, weights = model.accuracy, model.weights
     facts = [
         ('family', f'{family.name}, {family.title}'),
         ('paper', ', '.join(filter(None, (family.paper, family.url)))),
@@ -279,35 +274,36 @@ def _facts(model: Model) -> list[tuple[str, str]]:
         ('', f'crop {model.crop_pct:g}, {model.interpolation}, mean {numbers(model.mean)}, std {numbers(model.std)}'),
         ('classes', str(model.num_classes)),
     ]
-    if model.accuracy:
+    if accuracy:
         who = dict(ours='measured by us', paper="the paper's, not ours", authors="its authors', not ours")
         facts.append((
-            'top-1', f'{percent(model.accuracy.value)} % on {model.accuracy.dataset}, '
-                     f'{who.get(model.accuracy.source, model.accuracy.source)} ({model.accuracy.detail})'))
+            'top-1', f'{percent(accuracy.value)} % on {accuracy.dataset}, '
+                     f'{who.get(accuracy.source, accuracy.source)} ({accuracy.detail})'))
     else:
         facts.append(('top-1', 'no figure known'))
-    if model.weights:
-        facts.append(('weights', f'{model.weights.kind}, {model.weights.where}'))
+    if weights:
+        facts.append(('weights', f'{weights.kind}, {weights.where}'))
         facts.append(('', f"timm.create_model('{model.name}', pretrained=True)"))
     else:
         others = timm.list_pretrained(f'{model.architecture}.*')
         facts.append(('weights', f'none; there are {", ".join(others)}' if others else 'none'))
     if record:
-        facts += [('sha256', record.sha256), ('size', f'{record.size:,} bytes')]
-        if record.hub.repo_id:
-            facts.append(('Hub', '@'.join(filter(None, (record.hub.repo_id, record.hub.revision)))))
         facts += [
+            ('sha256', record.sha256),
+            ('size', f'{record.size:,} bytes'),
+            ('Hub', '@'.join(filter(None, (record.hub.repo_id, record.hub.revision)))),
             ('trained by', record.provenance.trained_by),
             ('mechanism', record.provenance.mechanism),
             ('configuration', record.provenance.configuration),
         ]
-        if record.folder and (record.folder / 'README.md').is_file():
-            facts.append(('card', str(record.folder / 'README.md')))
+        if record.folder and (record.folder / CARD_NAME).is_file():
+            facts.append(('card', str(record.folder / CARD_NAME)))
     facts += [('licence', model.license or 'unknown'), ('origin', model.origin or '')]
     return [(label, text) for label, text in facts if text]
 
 
-def _info(argv: Sequence[str] | None = None) -> None:
+@command('info')
+def main_info(argv: Sequence[str] | None) -> None:
     parser = Parser('info', {}, description='Say what is known about one model.')
     parser.add_argument('name', metavar='NAME', help='architecture, or architecture.tag')
     parser.add_argument('--json', action='store_true', help='print JSON')
@@ -331,11 +327,3 @@ def _info(argv: Sequence[str] | None = None) -> None:
         for line in re.sub(r'\n {3,}', ' ', family.bibtex).splitlines():
             lines += textwrap.wrap(line, WIDTH, subsequent_indent='    ', break_long_words=False) or ['']
     _say('\n'.join(lines))
-
-
-def main_list(argv: Sequence[str] | None = None) -> int:
-    return run_script('list', lambda: _list(argv))
-
-
-def main_info(argv: Sequence[str] | None = None) -> int:
-    return run_script('info', lambda: _info(argv))

@@ -19,8 +19,8 @@ from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
-from timm import utils
 from timm.data import create_transform
 from torch import nn
 
@@ -176,20 +176,10 @@ def calibration_batches(
         seed: int,
 ) -> list[torch.Tensor]:
     """Images of a dataset, taken at random and prepared as for evaluation."""
-    names = ('input_size', 'interpolation', 'mean', 'std', 'crop_pct', 'crop_mode')
-    dataset.transform = create_transform(**{name: config[name] for name in names}, is_training=False)
+    dataset.transform = create_transform(**config, is_training=False)
     order = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(seed))[:images].tolist()
     return [torch.stack([dataset[i][0] for i in order[at:at + batch_size]])
             for at in range(0, len(order), batch_size)]
-
-
-def check_libraries() -> None:
-    try:
-        import onnx  # noqa: F401
-        import onnxruntime  # noqa: F401
-        import onnxscript  # noqa: F401
-    except ImportError as e:
-        raise UsageError(f"quantize needs {e.name or 'onnx and onnxruntime'}: pip install 'vitlinear[export]'") from e
 
 
 def quantize(args: argparse.Namespace) -> dict[str, Any]:
@@ -198,24 +188,27 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         What is written to the file beside it.
     """
-    check_libraries()
+    try:
+        import onnx  # noqa: F401
+        import onnxruntime
+        import onnxscript  # noqa: F401
+    except ImportError as e:
+        raise UsageError(f"quantize needs {e.name or 'onnx and onnxruntime'}: pip install 'vitlinear[export]'") from e
     if args.channels_last or args.torchcompile:
         raise UsageError(f'--{"channels-last" if args.channels_last else "torchcompile"} has no meaning for ONNX')
     if args.output.suffix != '.onnx':
         raise UsageError(f'--output {args.output} must end in .onnx')
     if not args.output.parent.is_dir():
         raise UsageError(f'--output {args.output}: there is no folder {args.output.parent}')
-    _script.check_checkpoint(args)
-    utils.random_seed(args.seed)
     torch.set_num_threads(args.threads)
-    model = _script.create_with_weights(args, pretrained=not args.checkpoint).eval()
+    model = _script.create_evaluated_model(args).eval()
     device, autocast = torch.device('cpu'), _script.autocast_for(args, torch.device('cpu'))
     config = _script.data_config_for(model, args, use_test_size=True)
     channels = config['input_size'][0]
     dataset = _datasets.open_dataset(args, args.split, channels)
     _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
     known = _datasets.open_dataset(args, args.calibration_split, channels)
-    _script.check_forward(model, config['input_size'], device, autocast)
+    _script.put_on_device(model, args, config['input_size'], device, autocast)
     loader = _datasets.evaluation_loader(dataset, config, args, device)
     batches = calibration_batches(known, config, args.calibration_images, args.batch_size, args.seed)
 
@@ -251,7 +244,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             ms_per_image={name: round(value, 3) for name, value in ms.items()},
             bytes={'float32': before.stat().st_size, 'int8': after.stat().st_size},
             threads=args.threads,
-            versions=versions(),
+            versions={module.__name__: module.__version__ for module in (torch, timm, vitlinear, onnxruntime)},
         )
         text = Path(folder) / 'results.json'
         text.write_text(json.dumps(results, indent=4) + '\n')
@@ -260,14 +253,6 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             os.replace(after, args.output)
     report(results)
     return results
-
-
-def versions() -> dict[str, str]:
-    import onnxruntime
-    import timm
-    return dict(
-        torch=torch.__version__, timm=timm.__version__, vitlinear=vitlinear.__version__,
-        onnxruntime=onnxruntime.__version__)
 
 
 def report(results: Mapping[str, Any]) -> None:

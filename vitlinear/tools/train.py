@@ -19,6 +19,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -78,18 +79,16 @@ def seed_epoch(seed: int, rank: int, epoch: int) -> None:
 
 
 def make_model(args: argparse.Namespace) -> nn.Module:
-    overlay = {}
     for path in (args.pretrained_path, args.initial_checkpoint):
         if path and not os.path.isfile(path):
             raise UsageError(f'checkpoint {path} does not exist')
-    if args.pretrained_path:
-        overlay = {'pretrained_cfg_overlay': {'file': args.pretrained_path, 'num_classes': -1}}  # -1: adapt the head
+    weights = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None  # -1: adapt the head
     model = _script.create_model(
         args,
         pretrained=args.pretrained,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
-        **overlay,
+        pretrained_cfg_overlay=weights,
     )
     if args.initial_checkpoint:
         with usage_errors(f'--initial-checkpoint {args.initial_checkpoint}'):
@@ -200,8 +199,7 @@ def make_output(args: argparse.Namespace, args_text: str, size: int) -> str:
             raise UsageError(f'{folder} holds another run than the one to resume: give another --experiment')
     with usage_errors(f'output folder {folder}'):
         os.makedirs(folder, exist_ok=True)
-        with open(os.path.join(folder, 'args.yaml'), 'w') as f:
-            f.write(args_text)
+        Path(folder, 'args.yaml').write_text(args_text)
     return folder
 
 
@@ -296,9 +294,6 @@ def train(args: argparse.Namespace) -> None:
     device = utils.init_distributed_device(args)
     primary = utils.is_primary(args)
     resumed = read_resume(args) if args.resume else {}
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
     autocast = _script.autocast_for(args, device)
     scaler = utils.NativeScaler() if args.amp and args.amp_dtype == 'float16' and device.type == 'cuda' else None
 
@@ -307,10 +302,7 @@ def train(args: argparse.Namespace) -> None:
     args.num_classes = args.num_classes or model.num_classes
     data_config = _script.data_config_for(model, args)
     train_loader, eval_loader, mixup_fn = make_loaders(args, data_config, device)
-    model.to(device=device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    _script.check_forward(model, data_config['input_size'], device, autocast)
+    _script.put_on_device(model, args, data_config['input_size'], device, autocast)
 
     set_lr(args)
     changes = changed_arguments(resumed.get('args') or argparse.Namespace(), args)

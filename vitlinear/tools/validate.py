@@ -11,12 +11,10 @@ import csv
 import json
 import sys
 import time
-from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm import utils
 
 import vitlinear  # noqa: F401  registers the models
 
@@ -77,29 +75,21 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     """
     _script.check_device(args.device)
     device = torch.device(args.device)
-    if device.type == 'cuda':
-        torch.backends.cuda.matmul.allow_tf32 = True
-        torch.backends.cudnn.benchmark = True
-    _script.check_checkpoint(args)
-    utils.random_seed(args.seed)
     autocast = _script.autocast_for(args, device)
-    model = _script.create_with_weights(args, pretrained=args.pretrained or not args.checkpoint)
+    model = _script.create_evaluated_model(args, args.pretrained)
     params = sum(p.numel() for p in model.parameters())
     data_config = _script.data_config_for(model, args, use_test_size=True)
     dataset = _datasets.open_dataset(args, args.split, data_config['input_size'][0], whole_folder=True)
     _datasets.check_classes(dataset, args.split, args.num_classes or model.num_classes)
     loader = _datasets.evaluation_loader(dataset, data_config, args, device)
-    model.to(device=device)
-    if args.channels_last:
-        model.to(memory_format=torch.channels_last)
-    _script.check_forward(model, data_config['input_size'], device, autocast)
+    _script.put_on_device(model, args, data_config['input_size'], device, autocast)
     if args.torchcompile:
         model = torch.compile(model, backend=args.torchcompile)
     start = time.monotonic()
     progress = Progress(args.model, len(loader), args.log_freq)
     metrics = _script.evaluate(model, loader, args, device, autocast, progress)
     top1, top5 = metrics['top1'], metrics['top5']
-    results = OrderedDict(
+    results = dict(
         model=args.model,
         top1=round(top1, 4),
         top1_err=round(100 - top1, 4),
