@@ -10,11 +10,12 @@ import json
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, dataclass, field, fields, is_dataclass
 from pathlib import Path
 from types import UnionType
-from typing import Any, get_args, get_origin, get_type_hints
+from typing import IO, Any, get_args, get_origin, get_type_hints
 
 __all__ = [
     'Cfg', 'Dataset', 'Hub', 'Metric', 'Provenance', 'Record', 'Training',
@@ -265,18 +266,25 @@ def read_record(folder: str | os.PathLike) -> Record:
         raise RecordError(f"'{path}': {e}") from None
 
 
-def write_text(path: str | os.PathLike, text: str) -> None:
-    """Write a text file whole or not at all."""
+@contextmanager
+def whole_file(path: str | os.PathLike, mode: str, encoding: str | None = None) -> Iterator[IO]:
+    """A file to write, which takes the place of `path` at the end, or leaves it as it is if writing fails."""
     path = Path(path)
     handle, new = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
     try:
-        with os.fdopen(handle, 'w', encoding='utf-8') as f:
-            f.write(text)
+        with os.fdopen(handle, mode, encoding=encoding) as f:
+            yield f
         os.chmod(new, 0o644)  # mkstemp makes files for the owner alone
         os.replace(new, path)
     except BaseException:
         os.unlink(new)
         raise
+
+
+def write_text(path: str | os.PathLike, text: str) -> None:
+    """Write a text file whole or not at all."""
+    with whole_file(path, 'w', encoding='utf-8') as f:
+        f.write(text)
 
 
 def csv_text(fields: Sequence[str], rows: Iterable[Mapping[str, Any]]) -> str:

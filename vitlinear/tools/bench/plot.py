@@ -6,12 +6,12 @@ import math
 import os
 import re
 import statistics
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from ...zoo.records import whole_file
 from .. import info
 from .._script import UsageError
 from .rows import Row
@@ -317,16 +317,9 @@ _DRAW = dict(
 
 
 def _save(figure: Any, path: Path) -> None:
-    """Write a file whole or not at all."""
-    handle, new = tempfile.mkstemp(dir=path.parent, prefix=f'.{path.name}.')
-    try:
-        with os.fdopen(handle, 'wb') as f:
-            figure.savefig(f, format=path.suffix[1:], dpi=200, metadata=FORMATS[path.suffix[1:]])
-        os.chmod(new, 0o644)  # mkstemp makes files for the owner alone
-        os.replace(new, path)
-    except BaseException:
-        os.unlink(new)
-        raise
+    format = path.suffix[1:]
+    with whole_file(path, 'wb') as f:
+        figure.savefig(f, format=format, dpi=200, metadata=FORMATS[format])
 
 
 def plot(rows: Sequence[Row], folder: str | os.PathLike) -> list[Path]:
