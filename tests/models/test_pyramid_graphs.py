@@ -1,9 +1,8 @@
-"""Pyramids in TorchScript, torch.fx, torch.export, torch.compile and traces."""
+"""Pyramids in TorchScript, torch.export, torch.compile and traces."""
 import copy
 
 import pytest
 import torch
-from timm.models import create_feature_extractor
 
 from _pyramids import BACKBONES, CLOSE, FAMILIES, TWO_STAGES, create, family, images
 
@@ -17,18 +16,6 @@ def test_torchscript(backbone: str):
         torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
         with torch.no_grad():
             torch.testing.assert_close(scripted(images(*shape)), model(images(*shape)), **CLOSE)
-
-
-@pytest.mark.parametrize('backbone', BACKBONES)
-def test_feature_extractor(backbone: str):
-    """torch.fx, through timm: sizes stay free."""
-    model = create(backbone)
-    extractor = create_feature_extractor(model, {'stages.1': 'a', 'head': 'b'})
-    for shape in ((2, 3, 32, 32), (1, 3, 40, 24)):
-        out = extractor(images(*shape))
-        maps = model.forward_intermediates(images(*shape), intermediates_only=True)
-        torch.testing.assert_close(out['a'], maps[1], **CLOSE)
-        torch.testing.assert_close(out['b'], model(images(*shape)), **CLOSE)
 
 
 @pytest.mark.parametrize('backbone', BACKBONES)

@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from timm.layers import resample_abs_pos_embed_nhwc
-from timm.models import create_feature_extractor, group_parameters
+from timm.models import group_parameters
 from timm.optim import create_optimizer_v2
 from timm.optim._param_groups import param_groups_layer_decay
 from torch import nn
@@ -284,15 +284,6 @@ def test_prune(prune_norm: bool, prune_head: bool):
         assert torch.equal(a, b)
     model(x).square().sum().backward()
     assert all(p.grad is not None for p in model.parameters())
-
-
-def test_feature_extractor(model):
-    extractor = create_feature_extractor(model, {'blocks.1': 'a', 'head': 'b'})
-    for shape in ((2, 3, 48, 48), (1, 3, 40, 70)):
-        out = extractor(images(*shape))
-        maps = model.forward_intermediates(images(*shape), intermediates_only=True, output_fmt='NHWC')
-        torch.testing.assert_close(out['a'], maps[1], **CLOSE)
-        torch.testing.assert_close(out['b'], model(images(*shape)), **CLOSE)
 
 
 # training
