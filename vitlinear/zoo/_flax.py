@@ -28,8 +28,7 @@ class _Array:
     def tensor(self, where: str) -> torch.Tensor:
         import msgpack
         try:
-            content = msgpack.unpackb(self.payload, raw=False, ext_hook=_no_extension)
-            shape, name, data = content
+            shape, name, data = msgpack.unpackb(self.payload, raw=False, ext_hook=_no_extension)
         except Exception as e:
             raise ValueError(f'{where} is no array of Flax') from e
         if not isinstance(shape, list) or len(shape) > _MAX_DIMS or not all(

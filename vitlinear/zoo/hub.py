@@ -100,9 +100,9 @@ def hub_errors(
     """Turn what the Hub's client raises into a HubError in one sentence that says what to do.
 
     Args:
-        doing: What is being attempted, such as "'model.safetensors' of 'org/name' cannot be downloaded".
-        repo_id: Repository in question.
-        revision: Revision in question.
+        doing: What failed, such as "'model.safetensors' of 'org/name' cannot be downloaded".
+        repo_id: Repository.
+        revision: Branch, tag or commit.
         cache_dir: Folder that is written to, if not the Hub's cache.
     """
     try:
@@ -166,7 +166,7 @@ def _first_line(e: BaseException) -> str:
 
 
 def _is_final(e: Exception) -> bool:
-    """Whether the Hub answered, and the answer will be the same for a cached copy's sake."""
+    """Whether the Hub answered that there is no such thing, so that a cached copy must not hide it."""
     return isinstance(e, (hf_errors.RevisionNotFoundError, hf_errors.HFValidationError)) or (
         isinstance(e, hf_errors.EntryNotFoundError) and not isinstance(e, hf_errors.LocalEntryNotFoundError))
 
@@ -185,7 +185,6 @@ def download(
     Raises:
         HubError: It cannot be had; the message says why and what to do.
     """
-    where = dict(repo_id=repo_id, filename=filename, revision=revision, cache_dir=cache_dir)
     with hub_errors(f"'{filename}' of {_at(repo_id, revision)} cannot be downloaded", repo_id, revision, cache_dir):
         cached = hf.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision)
         if isinstance(cached, str) and re.fullmatch('[0-9a-f]{40}', revision or ''):
@@ -197,7 +196,8 @@ def download(
                 raise
             _logger.warning(f'{_at(repo_id, revision)} cannot be reached ({_first_line(e)}): using the cached copy.')
             return Path(cached)
-        return Path(hf.hf_hub_download(**where, library_name='vitlinear'))
+        return Path(hf.hf_hub_download(
+            repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='vitlinear'))
 
 
 def sha256(path: str | os.PathLike) -> str:
@@ -218,16 +218,10 @@ def cache_digest(path: str | os.PathLike) -> str | None:
 
 
 def check_file(path: str | os.PathLike, expected: str, source: str, remedy: str | None = None) -> None:
-    """Compare a file with the hash that it should have.
-
-    Args:
-        path: The file.
-        expected: Its sha256.
-        source: Who says so.
-        remedy: What to do about another one.
+    """Compare a file with the sha256 that it should have, as `source` says.
 
     Raises:
-        IntegrityError: It has another one.
+        IntegrityError: It has another one; the message ends with `remedy`, or with the advice to delete the file.
     """
     found = sha256(path)
     if found != expected:

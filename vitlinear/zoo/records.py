@@ -221,16 +221,16 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
 def _build(cls: type, data: Any, where: str = '') -> Any:
     _need(isinstance(data, dict), where or 'the record', data, 'an object')
     hints = get_type_hints(cls)
-    stored = [f for f in fields(cls) if f.metadata.get('stored', True)]
+    stored = {f.name: f for f in fields(cls) if f.metadata.get('stored', True)}
     prefix = f'{where}.' if where else ''
     for key in data:
-        if key not in [f.name for f in stored]:
-            near = difflib.get_close_matches(key, [f.name for f in stored], n=1)
+        if key not in stored:
+            near = difflib.get_close_matches(key, stored, n=1)
             raise RecordError(f'{prefix}{key} is no field of a record' + (f", '{near[0]}' is" if near else ''))
-    for f in stored:
-        if f.name not in data and f.default is MISSING and f.default_factory is MISSING:
-            raise RecordError(f'{prefix}{f.name} is missing')
-    made = cls(**{f.name: _typed(hints[f.name], data[f.name], f'{prefix}{f.name}') for f in stored if f.name in data})
+    for name, f in stored.items():
+        if name not in data and f.default is MISSING and f.default_factory is MISSING:
+            raise RecordError(f'{prefix}{name} is missing')
+    made = cls(**{name: _typed(hints[name], data[name], f'{prefix}{name}') for name in stored if name in data})
     if hasattr(made, 'check'):
         made.check(where)
     return made
@@ -254,16 +254,13 @@ def read_record(folder: str | os.PathLike) -> Record:
         FileNotFoundError: The folder has no record.json.
         RecordError: The file does not follow the schema.
     """
-    folder = Path(folder)
-    path = folder / RECORD_NAME
+    path = Path(folder) / RECORD_NAME
     try:
-        data = json.loads(path.read_text(encoding='utf-8'))
-    except ValueError as e:
-        raise RecordError(f"'{path}' is not readable as JSON: {e}") from e
-    try:
-        return record_from_dict(data, folder)
+        return record_from_dict(json.loads(path.read_text(encoding='utf-8')), path.parent)
     except RecordError as e:
         raise RecordError(f"'{path}': {e}") from None
+    except ValueError as e:
+        raise RecordError(f"'{path}' is not readable as JSON: {e}") from e
 
 
 @contextmanager
@@ -329,8 +326,8 @@ def records() -> dict[str, Record]:
         found: dict[str, Record] = {}
         for path in [p for root in _roots() for p in sorted(root.glob(f'*/{RECORD_NAME}'))]:
             record = read_record(path.parent)
-            of = path.parent.name
-            _need(record.name == of, f"'{path}': name", record.name, f"that of its folder, '{of}'")
+            folder = path.parent.name
+            _need(record.name == folder, f"'{path}': name", record.name, f"that of its folder, '{folder}'")
             found.setdefault(record.name, record)
         _RECORDS = found
     return dict(_RECORDS)
@@ -342,14 +339,10 @@ def find_record(name: str) -> Record | None:
 
 
 def weights_cfg(name: str) -> dict[str, Any]:
-    """What the record of a checkpoint says for its default cfg.
+    """Fields of timm's pretrained cfg for a checkpoint such as 'vvt_nano.fashion_mnist'.
 
-    Args:
-        name: Architecture and tag, such as 'vvt_nano.fashion_mnist'.
-
-    Returns:
-        Fields of timm's pretrained cfg: those of the record's `cfg`, the licence, the file where the package carries
-        it and the repository where there is one. Empty where there is no record: the tag then has no weights.
+    They are those of the record's `cfg`, the licence, the file where the package carries it and the repository where
+    there is one. Where there is no record there are none: the tag then has no weights.
     """
     record = find_record(name)
     if record is None:
