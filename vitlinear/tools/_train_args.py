@@ -25,7 +25,7 @@ UNSUPPORTED = {
 
 
 def build_parser() -> _script.Parser:
-    parser = _script.Parser('train', UNSUPPORTED, description=__doc__.splitlines()[0].partition(':')[0] + '.')
+    parser = _script.Parser('train', UNSUPPORTED, description='Train a classifier.')
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file, or name of a packaged config')
 
     flag = parser.add_argument_group('data').add_argument
