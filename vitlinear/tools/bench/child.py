@@ -46,13 +46,6 @@ def added(step: Callable[[], None]) -> float | None:
     return max(0., _resident('VmHWM') - before)
 
 
-def _clock(step: Callable[[], None], repeats: int = 1) -> float:
-    start = time.perf_counter()
-    for _ in range(repeats):
-        step()
-    return (time.perf_counter() - start) / repeats
-
-
 def serve(connection: Connection) -> None:
     """Prepare what the first message asks for, then run a timed pass for each 'pass', until 'facts' ends it.
 
@@ -62,15 +55,17 @@ def serve(connection: Connection) -> None:
     """
     connection.send('the libraries are loaded')
     order = connection.recv()
-    kind = order['row']['kind']
+    kind, device = order['row']['kind'], order['device']
     step = steps.make_step(order)
     for _ in range(order['warmup']):
-        seconds = _clock(step)
+        seconds = steps.seconds_of(step, 1, device)
     repeats = max(1, math.ceil(MIN_TURN / max(seconds, 1e-6))) if seconds < MIN_TURN / 2 else 1
-    of_pass = added(step) if kind in ('core', 'layer') else None
+    of_pass = None
+    if kind in ('core', 'layer'):
+        of_pass = added(step) if steps.gpu_peak(order) is None else steps.gpu_peak(order)
     connection.send(dict(peak_mib=steps.gpu_peak(order) or peak()))
     while connection.recv() == 'pass':
-        ms = 1e3 * _clock(step, repeats)
+        ms = 1e3 * steps.seconds_of(step, repeats, device)
         time.sleep(SETTLE)
         connection.send(dict(ms=ms))
     facts = dict(steps.count(order), peak_mib=(steps.gpu_peak(order) or peak()) if kind == 'model' else of_pass)

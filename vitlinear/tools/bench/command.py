@@ -11,9 +11,9 @@
 
 Each point has a process of its own. Those that differ in the model or its optimisation take turns, A B A B, as far as
 they fit into memory together; times are medians of their passes. Nothing else should be running. peak_mib is the peak
-memory of the whole process for models, and what a pass adds to it for cores and layers; gmacs is of a forward pass for
-one image, attention products counted. What --out holds already, from this machine and these versions, is not measured
-again.
+memory of the whole process for models, and what a pass adds to it for cores and layers; on a GPU it is that of tensors,
+and times are between events of the device. gmacs is of a forward pass for one image, attention products counted. What
+--out holds already, from this machine and these versions, is not measured again.
 """
 import argparse
 import fnmatch
@@ -46,7 +46,7 @@ from .rows import POINT, Row, Table, describe, load, read_rows
 from .steps import ALL, CORES, DTYPES, HEAD_DIM, LAYERS
 from .workers import Worker, measure
 
-RUNTIMES = ('eager', 'compile', 'onnxruntime')
+RUNTIMES = ('eager', 'compile', 'cudagraph', 'onnxruntime')
 EACH = 'each'  # of --optimize
 TOKENS = (49, 196, 784, 3136, 16384, 65536)
 GEMM, COPY_MIB = 2048, 256  # sides of the matrices, and a size far beyond the caches
@@ -85,7 +85,8 @@ def build_parser() -> Parser:
          help='threads of a pass')
     flag('--mode', nargs='+', default=['infer'], choices=('infer', 'train'),
          help='inference, and forward and backward passes as in training')
-    flag('--runtimes', nargs='+', default=['eager'], choices=RUNTIMES, help='of models; onnxruntime for inference only')
+    flag('--runtimes', nargs='+', default=['eager'], choices=RUNTIMES,
+         help='onnxruntime is for inference of models; cudagraph replays a pass on a GPU, its kernels without the host')
     flag('--channels-last', action='store_true', help='channels-last memory format')
     flag('--optimize', nargs='*', metavar='STEP',
          help='models after optimize_for_inference with these of its steps, all if not named; '
@@ -168,6 +169,8 @@ def check(args: argparse.Namespace) -> None:
             (missing, f'--runtimes onnxruntime: {", ".join(missing)} not found, pip install vitlinear[export]'),
             (needs_onnx and ('infer' not in args.mode or args.device != 'cpu'),
              '--runtimes onnxruntime: for --mode infer and --device cpu only'),
+            ('cudagraph' in args.runtimes and not args.device.startswith('cuda'),
+             f'--runtimes cudagraph: not on --device {args.device}'),
             (args.out and (args.out.suffix not in ('.csv', '.json') or args.out.is_dir()),
              f'--out {args.out}: must be a file that ends in .csv or .json'),
             (args.profile and (args.profile.suffix != '.csv' or args.profile.is_dir()),
@@ -218,8 +221,9 @@ def plan(args: argparse.Namespace) -> list[dict[str, Any]]:
                 if (mode, runtime) != ('train', 'onnxruntime') and (args.sizes or own_size[name] == size):
                     add('model', name, args.model_kwargs, also, mode=mode, dtype=dtype, size=size, batch=batch,
                         threads=threads, runtime=runtime, optimized=optimized)
-        for mode, batch, dtype in product(args.mode, args.batches, args.dtypes):
-            point = dict(mode=mode, batch=batch, dtype=dtype, threads=threads)
+        runtimes = [runtime for runtime in args.runtimes if runtime != 'onnxruntime']
+        for mode, batch, dtype, runtime in product(args.mode, args.batches, args.dtypes, runtimes):
+            point = dict(mode=mode, batch=batch, dtype=dtype, threads=threads, runtime=runtime)
             for size, name in product(args.tokens, [] if args.cores is None else args.cores or CORES):
                 add('core', name, dict(dim=args.dim), size=size, **point)
             for size, kernel, name in product(args.sizes or [56], args.kernels, args.layers):
