@@ -1,9 +1,13 @@
 """Fixtures of all tests: devices, and uninitialised memory that shows. Which tests the fast lane leaves out."""
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault('TRITON_INTERPRET', '1')  # kernels run on CPUs, where a test asks for them
 
 DEVICES = [pytest.param('cpu'), *([pytest.param('cuda', marks=pytest.mark.gpu)] if torch.cuda.is_available() else [])]
 

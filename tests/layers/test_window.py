@@ -10,7 +10,8 @@ from torch import nn
 from _golden import qna_cases, qna_part, qna_tensors
 from _numerics import TIGHT
 from vitlinear.layers import WindowAttention
-from vitlinear.layers.window import relative_position_bias, resize_relative_position_bias_table
+from vitlinear.layers.window import resize_relative_position_bias_table
+from vitlinear.ops.primitives.window_softmax import relative_position_bias
 
 SIZES = [(1, 1), (3, 3), (4, 6), (5, 7), (7, 2), (9, 10)]
 

@@ -1,4 +1,5 @@
 """Whole models where numbers are delicate: second derivatives, images without a signal, and the count of operators."""
+import importlib
 from collections import Counter
 from typing import Any
 
@@ -9,12 +10,13 @@ from timm.utils import reparameterize_model
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import vitlinear  # noqa: F401
+from vitlinear import ops
 
 NANOS = ['vvt_nano', 'qna_vit_nano', 'castling_nano', 'xvit_pyramid_nano', 'gkvit_nano']
-# operators that move no data
+# operators that move no data, and those that eager code asks a CPU alone
 VIEWS = {
-    '_reshape_alias', '_unsafe_view', 'alias', 'as_strided', 'chunk', 'detach', 'diagonal', 'empty', 'expand',
+    '_local_scalar_dense', '_reshape_alias', '_unsafe_view', 'alias', 'aminmax', 'as_strided', 'chunk', 'detach',
+    'diagonal', 'empty', 'empty_like', 'expand', 'new_empty',
     'permute', 'select', 'slice', 'split', 'split_with_sizes', 'squeeze', 't', 'transpose', 'unbind', 'unflatten',
     'unfold', 'unsqueeze', 'view'}
 
@@ -63,19 +65,49 @@ class CountOperators(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-@pytest.mark.parametrize('name, most, folded', [
-    ('vvt_small', 869, 869), ('gkvit_small', 686, 654), ('xvit_pyramid_small', 554, 512),
-    ('castling_levit_256', 504, 426), ('qna_vit_tiny', 451, 331)])
-def test_operators_of_a_forward(name: str, most: int, folded: int):
-    """The plain forward of one image at 224 x 224, without the ways for inference on CPUs, which a hook turns off."""
+@pytest.fixture
+def launches(monkeypatch) -> Counter[str]:
+    """How often each kernel is launched, without running it."""
+    count: Counter[str] = Counter()
+
+    class Kernel:
+        def __init__(self, name: str) -> None:
+            self.name = name
+
+        def __getitem__(self, grid):
+            def launch(*args: Any, **kwargs: Any) -> None:
+                count[self.name] += 1
+            return launch
+
+    for primitive in ('dw_gelu', 'tokens', 'walk_series', 'windows'):
+        kernels = importlib.import_module(f'vitlinear.ops.primitives.{primitive}.kernels')
+        for name in (name for name in vars(kernels) if name.endswith('_kernel')):
+            monkeypatch.setattr(kernels, name, Kernel(name))
+    return count
+
+
+@pytest.mark.parametrize('name, plain, folded, by_kernels', [
+    ('vvt_small', 869, 869, 443), ('gkvit_small', 686, 654, 597), ('xvit_pyramid_small', 554, 512, 410),
+    ('castling_levit_256', 504, 426, 355), ('qna_vit_tiny', 401, 281, 263)])
+def test_operators_of_a_forward(name: str, plain: int, folded: int, by_kernels: int, launches: Counter[str]):
+    """One image at 224 x 224: plain operations, the same after folding, and those beside kernels with the latter.
+
+    A hook turns off the ways for inference on CPUs.
+    """
     model = create(name).to(memory_format=torch.channels_last)
     model.register_forward_hook(lambda *args: None)
     x = torch.randn(1, 3, 224, 224).contiguous(memory_format=torch.channels_last)
-    for limit in (most, folded):
-        with torch.no_grad():
+
+    def operators(implementation: str) -> dict[str, int]:
+        with torch.no_grad(), ops.use(implementation):
             model(x)  # tables are built once
+            launches.clear()
             with CountOperators() as count:
                 model(x)
-        calls = {name: n for name, n in count.calls.items() if name not in VIEWS}
+        return {name: n for name, n in (count.calls + launches).items() if name not in VIEWS}
+
+    for limit, implementation in ((by_kernels, 'triton'), (plain, 'torch')):
+        calls = operators(implementation)
         assert sum(calls.values()) <= limit, calls
-        model = reparameterize_model(model)
+    model = reparameterize_model(model)
+    assert sum(operators('torch').values()) <= folded

@@ -15,6 +15,7 @@ from _qna import SMALL, VARIANTS, default, images, randomize
 from vitlinear.layers import ATTENTION_LAYERS, QnAAttention, WindowAttention
 from vitlinear.layers.qna_block import SamePatchEmbed
 from vitlinear.models.qna_vit import QnAVisionTransformer, checkpoint_filter_fn
+from vitlinear.ops.primitives.window_softmax import cut_map
 
 
 @pytest.mark.parametrize('patch_size, stride', [(4, 4), (3, 1), (3, 2), (7, 4), (2, 2), (5, 3)])
@@ -271,13 +272,12 @@ def test_windows_cover_larger_maps():
     model = randomize(timm.create_model('qna_vit_nano', num_classes=5))
     attn = model.stages[2].blocks[0].attn
     assert attn.window_size == (8, 8)
-    calls = []
-    attend = attn.attend
-    attn.attend = lambda x, h, w: calls.append((tuple(x.shape[1:3]), h, w)) or attend(x, h, w)
-    for size, expected in (((64, 64), [((8, 8), 8, 8)]), ((20, 30), [((3, 4), 3, 4)]), ((128, 64), [((16, 8), 8, 8)])):
-        calls.clear()
-        model(images(1, 3, *size))
-        assert calls == expected, size
+    for size, map_size, window in (
+            ((64, 64), (8, 8), (8, 8)), ((20, 30), (3, 4), (3, 4)), ((128, 64), (16, 8), (8, 8))):
+        x = images(1, *map_size, attn.qkv.in_features)
+        parts, columns, *sides = cut_map(x, attn.window_size)
+        assert [tuple(part.shape[1:3]) for part in parts] == [map_size] and columns == 1 and tuple(sides) == window
+        assert model.forward_features(images(1, 3, *size)).shape[2:] == (-(-size[0] // 16), -(-size[1] // 16))
 
 
 # construction

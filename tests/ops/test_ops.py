@@ -3,7 +3,7 @@ import contextlib
 
 import pytest
 import torch
-from _table import GRIDS, IMPLEMENTATIONS, OPS, SAME_IN_GRAPHS, maps_of
+from _table import CASES, GRIDS, IMPLEMENTATIONS, OPS, SAME_IN_GRAPHS, is_interpreted, maps_of, sides
 
 from vitlinear import ops
 
@@ -12,7 +12,10 @@ pytestmark = pytest.mark.usefixtures('nan_memory')
 each_op = pytest.mark.parametrize('name', OPS)
 same_in_graphs = pytest.mark.parametrize('name', SAME_IN_GRAPHS)
 each_implementation = pytest.mark.parametrize('implementation', IMPLEMENTATIONS)
-HALF = {torch.bfloat16: 2e-2, torch.float16: 4e-3}
+each_case = pytest.mark.parametrize('name, implementation', CASES)
+HALF = {torch.bfloat16: 2.5e-2, torch.float16: 4e-3}
+# gradients that are sums of large numbers which nearly cancel
+LOOSE = dict.fromkeys(['qna-large', 'walk', 'depthwise', 'depthwise-gelu'], 1e-4)
 
 
 def value_and_grads(function, inputs, cotangent=None):
@@ -32,62 +35,65 @@ def assert_near(actual, expected, tolerance: float) -> None:
         assert error <= tolerance, (i, error)
 
 
-@each_implementation
-@each_op
+@each_case
 @pytest.mark.parametrize('grid', GRIDS)
 def test_outputs_and_gradients(name: str, implementation: str, grid, device: str):
     op = OPS[name]
-    inputs = [x.to(device) for x in op.inputs(*grid)]
+    inputs = [x.to(device) for x in op.inputs(*sides(grid, implementation, device))]
     with ops.use(implementation):
         actual = value_and_grads(op.function, inputs)
     assert_near(actual, value_and_grads(op.reference, inputs), 1e-9)
 
 
-@each_implementation
-@each_op
+@each_case
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_dtypes(name: str, implementation: str, dtype: torch.dtype, device: str):
     """Sums are float32: errors are those of the inputs' own rounding, on many positions as well."""
     op = OPS[name]
     if name == 'qna-large' and dtype != torch.float32:
         pytest.skip('scores of 100 have no half precision neighbours')
-    inputs = [x.to(device, dtype) for x in op.inputs(20, 19)]
+    grid = (7, 11) if is_interpreted(implementation, device) else (20, 19)
+    inputs = [x.to(device, dtype) for x in op.inputs(*grid)]
     with ops.use(implementation):
         actual = value_and_grads(op.function, inputs)
     assert all(a.dtype == dtype for a in actual)
     expected = value_and_grads(op.reference, [x.double() for x in inputs])
-    assert_near(actual, expected, HALF.get(dtype, 1e-4 if name in ('qna-large', 'walk') else 1e-5))
+    assert_near(actual, expected, HALF.get(dtype, LOOSE.get(name, 1e-5)))
 
 
-@each_implementation
-@each_op
+@each_case
 def test_second_derivatives(name: str, implementation: str):
     """Backward passes written by hand may keep what a second derivative depends on."""
+    if is_interpreted(implementation):
+        pytest.skip('kernels are asked for one Hessian-vector product, below')
     op = OPS[name]
     inputs = [x.contiguous().requires_grad_() for x in op.inputs(2, 3)]
     with ops.use(implementation):
         assert torch.autograd.gradgradcheck(op.function, inputs)
 
 
-@each_op
-def test_second_derivatives_of_large_grids(name: str):
-    """Sums through rows and columns, or edges in place of channels, by a Hessian-vector product."""
-    op = OPS[name]
-    inputs = [x.detach().clone().requires_grad_() for x in op.inputs(16, 17)]
+@each_case
+def test_hessian_vector_product(name: str, implementation: str):
+    """Sums through rows and columns, or edges in place of channels, have second derivatives as well."""
+    op, grid = OPS[name], (2, 3) if is_interpreted(implementation) else (16, 17)
+    inputs = [x.detach().clone().requires_grad_() for x in op.inputs(*grid)]
     directions = [torch.linspace(-1, 1, x.numel(), dtype=torch.float64).reshape(x.shape) for x in inputs]
 
     def product(function):
         grads = torch.autograd.grad(function(*inputs).sin().sum(), inputs, create_graph=True)
         return torch.autograd.grad([(g * d).sum() for g, d in zip(grads, directions, strict=True)], inputs)
 
-    with ops.use('autograd'):
+    with ops.use(implementation):
         actual = product(op.function)
     assert_near(actual, product(op.reference), 1e-8)
 
 
-@same_in_graphs
+@pytest.mark.parametrize('name', [name for name in SAME_IN_GRAPHS if name != 'window_softmax'])
 def test_function_transforms(name: str):
-    """Per-sample gradients, Hessians and forward mode go through the plain operations."""
+    """Per-sample gradients, Hessians and forward mode go through the plain operations.
+
+    PyTorch's own softmax attention has no forward mode.
+    """
     op = OPS[name]
     inputs = op.inputs(2, 3)
     first, rest = inputs[0], inputs[1:]
@@ -106,15 +112,19 @@ def test_function_transforms(name: str):
     torch.testing.assert_close(hessian, hessian.t(), rtol=1e-6, atol=1e-8)
 
 
-@each_implementation
-@each_op
+@each_case
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16])
 def test_finite(name: str, implementation: str, dtype: torch.dtype, device: str):
     """Constant maps of any finite value have finite outputs, and finite gradients where the type holds these."""
+    if 'depthwise' in name and dtype == torch.float16 and implementation == 'torch':
+        pytest.skip('PyTorch sums gradients of kernels of one row in float16')
+    slow = is_interpreted(implementation, device)
+    if slow and dtype == torch.bfloat16:
+        pytest.skip('the interpreter computes bfloat16 as float32')
     op = OPS[name]
-    for grid in ((1, 1), (2, 2), (16, 17)):
+    for grid in ((2, 2),) if slow else ((1, 1), (2, 2), (16, 17)):
         made = op.inputs(*grid)
-        for value in (0., 1e-30, 1e-5, 1., 1e4):
+        for value in (0., 1e4) if slow else (0., 1e-30, 1e-5, 1., 1e4):
             inputs = [x.to(device, dtype) for x in made]
             for i in maps_of(made):
                 inputs[i] = torch.full_like(inputs[i], value)
@@ -146,9 +156,9 @@ def test_images_do_not_meet(name: str, one: int):
     assert all(a.isfinite().all() for a in actual)
 
 
-@each_op
+@pytest.mark.parametrize('name', [name for name in OPS if 'depthwise' not in name and name != 'window_softmax'])
 def test_autocast(name: str):
-    """Autocast changes nothing within an op."""
+    """Autocast changes nothing within an op; it casts PyTorch's own convolutions and softmax attention."""
     op = OPS[name]
     inputs = [x.float() for x in op.inputs(4, 5)]
     expected = value_and_grads(op.function, inputs)
@@ -195,7 +205,10 @@ def test_compiled_vicinity_takes_rows_and_columns():
 
 @same_in_graphs
 def test_exported(name: str):
-    """Graphs hold plain operations and take maps of other sizes."""
+    """Graphs hold plain operations and take maps of other sizes.
+
+    Those of window attention take a minute to be made for sizes that are free, see tests/models/test_qna_vit.py.
+    """
     op = OPS[name]
 
     class Module(torch.nn.Module):
@@ -203,8 +216,9 @@ def test_exported(name: str):
             return op.function(*inputs)
 
     inputs = [x.float() for x in op.inputs(4, 6)]
+    free = [] if name == 'window_softmax' else maps_of(inputs)
     dynamic = [
-        {d: torch.export.Dim.AUTO for d, n in enumerate(x.shape) if n in (4, 6, 24)} if i in maps_of(inputs) else None
+        {d: torch.export.Dim.AUTO for d, n in enumerate(x.shape) if n in (4, 6, 24)} if i in free else None
         for i, x in enumerate(inputs)]
     program = torch.export.export(Module(), tuple(inputs), dynamic_shapes={'inputs': tuple(dynamic)}, strict=False)
     assert not [n for n in program.graph.nodes if 'vitlinear' in str(n.target) or 'higher_order' in str(n.target)]
@@ -270,6 +284,7 @@ def test_clamps_of_the_released_vvt():
 @pytest.mark.parametrize('grid', [(3, 5), (16, 17)])
 def test_clamped_vicinity(implementation: str, size: float, grid):
     """Sums, numerators, reciprocals and outputs meet their bounds, written out once more."""
+    grid = sides(grid, implementation)
     q, k, v = OPS['vicinity-2d'].inputs(*grid)
     q, k, v = q * size, k * size, v * size
     kernel = torch.stack([c.reshape(-1) for c in _factors(*grid)])
@@ -308,7 +323,7 @@ def test_explain():
 
 
 def test_override_is_undone_and_checked():
-    with pytest.raises(ValueError, match="Unknown implementation 'cuda', expected one of torch, autograd, triton"):
+    with pytest.raises(ValueError, match="Unknown implementation 'cuda', expected one of torch, autograd, triton, c"):
         with ops.use('cuda'):
             pass
     with contextlib.suppress(KeyError), ops.use('torch'):

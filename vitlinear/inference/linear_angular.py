@@ -8,8 +8,9 @@ import torch
 from torch import nn
 
 from ..layers import LinearAngularAttention
-from ..layers._common import merge_heads, split_heads
+from ..layers._common import merge_heads
 from ..layers.linear_angular import LinearAngular
+from ..ops import split_heads
 from ..ops._numerics import inverse_norm
 from ..ops.local import local_attention, subsample
 from .onednn import call_linear

@@ -101,19 +101,20 @@ def call_linear(x: torch.Tensor, layer: nn.Module, act: nn.Module | None = None)
     return x if act is None else act(x)
 
 
-def call_depthwise(x: torch.Tensor, layer: nn.Conv2d, act: nn.Module, pad_rows: int) -> torch.Tensor:
+def call_depthwise(x: torch.Tensor, layer: DepthwiseConv2d, act: nn.Module, pad_rows: int) -> torch.Tensor:
     """A depthwise convolution of (B, H, W, C), with rows of zeros above and below, and an activation."""
     x, padding, groups = x.permute(0, 3, 1, 2), [pad_rows, layer.padding[1]], len(layer.weight)
-    gelu, weight = act.approximate if type(act) is nn.GELU else None, layer.weight
-    if (gelu is not None and weight.dtype == x.dtype and not torch.is_autocast_enabled('cpu')
+    weight = layer.weight
+    if (layer.gelu and weight.dtype == x.dtype and not torch.is_autocast_enabled('cpu')
             and torch.backends.mkldnn.enabled and works(x.dtype)):
         packed = getattr(layer, 'packed', None)
         if packed is not None:
             weight = packed.get('depthwise', lambda: pack_convolution(layer.weight, padding, [1, 1], [1, 1], groups))
         x = torch.ops.mkldnn._convolution_pointwise(
-            x, weight, layer.bias, padding, [1, 1], [1, 1], groups, 'gelu', [], gelu)
+            x, weight, layer.bias, padding, [1, 1], [1, 1], groups, 'gelu', [], 'none')
         return x.permute(0, 2, 3, 1)
-    return act(F.conv2d(x, weight, layer.bias, padding=padding, groups=groups).permute(0, 2, 3, 1))
+    x = F.conv2d(x, weight, layer.bias, padding=padding, groups=groups).permute(0, 2, 3, 1)
+    return act(F.gelu(x) if layer.gelu else x)
 
 
 def pack_convolution(
@@ -194,8 +195,17 @@ class PackedConv2d(_Packs, nn.Conv2d):
         return torch.ops.mkldnn._convolution_pointwise(x, weight, self.bias, *args, 'none', [], '')
 
 
+class PackedDepthwiseConv2d(PackedConv2d):
+    """`DepthwiseConv2d` with a packed weight."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """As that of `DepthwiseConv2d`."""
+        x = self._channels_last(x) if _packs(x) else self._conv_forward(x, self.weight, self.bias)
+        return F.gelu(x) if self.gelu else x
+
+
 LINEARS = (nn.Linear, PackedLinear, KeyProjection)
-CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PackedConv2d)
+CONVOLUTIONS = (nn.Conv2d, DepthwiseConv2d, PackedConv2d, PackedDepthwiseConv2d)
 
 
 def packed(layer: nn.Module) -> nn.Module | None:
@@ -205,7 +215,8 @@ def packed(layer: nn.Module) -> nn.Module | None:
     elif type(layer) not in (nn.Conv2d, DepthwiseConv2d):
         return None
     elif layer.padding_mode == 'zeros' and not isinstance(layer.padding, str):
-        out = PackedConv2d.__new__(PackedConv2d)
+        kind = PackedConv2d if type(layer) is nn.Conv2d else PackedDepthwiseConv2d
+        out = kind.__new__(kind)
     else:
         return None
     out.__dict__.update((k, v.copy() if isinstance(v, dict) else v) for k, v in layer.__dict__.items())

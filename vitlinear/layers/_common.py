@@ -29,13 +29,6 @@ def check_heads(dim: int, num_heads: int, name: str = 'dim') -> int:
     return dim // num_heads
 
 
-def split_heads(x: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tensor]:
-    """(B, ..., parts * heads * d) to (B, heads, N, d), a list of `parts`; several heads come apart in one pass."""
-    x = x.flatten(1, -2)
-    x = x.unflatten(2, [parts, num_heads, x.shape[2] // (parts * num_heads)]).permute(2, 0, 3, 1, 4)
-    return (x.contiguous() if num_heads > 1 else x).unbind(0)
-
-
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, heads, N, d) to (B, N, heads * d)."""
     return x.transpose(1, 2).flatten(2)

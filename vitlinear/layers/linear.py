@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import linear_attention
-from ._common import check_heads, merge_heads, split_heads
+from ..ops import linear_attention, split_heads
+from ._common import check_heads, merge_heads
 
 
 class _TokenAttention(nn.Module):

@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import linear_angular_attention, masked_softmax
+from ..ops import linear_angular_attention, masked_softmax, split_heads
 from ..ops._numerics import check_choice
 from ..ops.primitives.few_keys import pool_keys
-from ._common import check_heads, merge_heads, split_heads
+from ._common import check_heads, merge_heads
 
 CONVS = ('1d', '2d')
 AUX_MODES = ('off', 'train', 'always')

@@ -4,10 +4,10 @@ import math
 import torch
 from torch import nn
 
-from ..ops import random_walk_attention
+from ..ops import random_walk_attention, split_heads
 from ..ops._numerics import at_least_float32, check_choice
 from ..ops.random_walk import MODES
-from ._common import check_heads, merge_heads, split_heads
+from ._common import check_heads, merge_heads
 
 MAX_BETA = 0.9
 MIN_TEMPERATURE, MAX_TEMPERATURE = 0.5, 16.

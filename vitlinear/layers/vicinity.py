@@ -3,10 +3,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ..ops import clamp_magnitude, vicinity_attention
+from ..ops import clamp_magnitude, split_heads, vicinity_attention
 from ..ops._numerics import check_choice
 from ..ops.primitives.tokens.positions import LOCALITIES
-from ._common import check_heads, merge_heads, split_heads
+from ._common import check_heads, merge_heads
 
 
 class FeaturePreservingConnection(nn.Module):

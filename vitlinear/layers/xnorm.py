@@ -2,10 +2,10 @@
 import torch
 from torch import nn
 
-from ..ops import xnorm_attention
+from ..ops import split_heads, xnorm_attention
 from ..ops._numerics import check_choice
 from ..ops.xnorm import KV_AXES
-from ._common import check_heads, merge_heads, split_heads
+from ._common import check_heads, merge_heads
 
 
 class _XNorm(nn.Module):

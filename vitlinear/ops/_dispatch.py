@@ -1,14 +1,15 @@
 """The one rule which implementation of a primitive runs.
 
-A primitive (`primitives/`) has up to three implementations: 'torch', plain operations, which may be differentiated any
-number of times and which compilers, exporters and TorchScript see; 'autograd', a backward pass that keeps less; and
-'triton', kernels. Nothing else in the package asks about devices, modes or gradients to choose between them.
+A primitive (`primitives/`) has up to four implementations: 'torch', plain operations, which may be differentiated any
+number of times and which exporters and TorchScript see, and compilers where there is no other; 'autograd', a backward
+pass that keeps less; 'triton', kernels, in compiled graphs as operators; and 'compiled', plain operations as one
+operator for compilers. Nothing else in the package asks about devices, modes or gradients to choose between them.
 
     with ops.use('torch'):                    # the plain operations, whatever the rule says
         model(x)
     ops.explain(ops.token_sums, k, v)         # which implementation runs for these tensors, and why
 """
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import wraps
@@ -18,7 +19,9 @@ import torch
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-IMPLEMENTATIONS = ('torch', 'autograd', 'triton')
+from . import _triton
+
+IMPLEMENTATIONS = ('torch', 'autograd', 'triton', 'compiled')
 
 # The types of tensors that are what they seem.
 PLAIN_TENSORS = (torch.Tensor, torch.nn.Parameter)
@@ -88,21 +91,30 @@ def _is_transformed() -> bool:
 
 def choose(
         implementations: Mapping[str, Callable[..., Any]],
-        tensors: Iterable[torch.Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
 ) -> tuple[str, str]:
     """The implementation to run, and the reason.
 
     Args:
-        implementations: Those that exist, by name; one that is for some types of devices alone has their names in its
-            attribute `devices`.
-        tensors: The tensors that the primitive is given.
+        implementations: Those that exist, by name. One that is for some types of devices alone has their names in its
+            attribute `devices`; 'triton' has a function `refuses` of the arguments: a reason, or ''.
+        args, kwargs: What the primitive is given.
     """
+    tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
+    if not tensors:
+        return 'torch', 'there is no tensor among the arguments'
     forced = _forced.get()
+    kernels = implementations.get('triton')
+    if forced == 'triton' and kernels is not None:
+        refused = '' if _triton.INTERPRETED else _triton.refusal(tensors[0])
+        refused = refused or kernels.refuses(*args, **kwargs)
+        return ('torch', f"ops.use('triton'), but {refused}") if refused else ('triton', "ops.use('triton')")
     if forced is not None:
         if forced in implementations:
             return forced, f"ops.use('{forced}')"
         return 'torch', f"ops.use('{forced}'), which this primitive has not"
-    if not is_eager():
+    if not is_specialised() or torch.jit.is_scripting():
         return 'torch', 'a graph is made, which holds plain operations'
     if _is_transformed():
         return 'torch', 'torch.func and forward-mode differentiation need plain operations'
@@ -113,15 +125,24 @@ def choose(
             return 'torch', f'{type(x).__name__} is no plain tensor'
         wanted = wanted or x.requires_grad
         half = half or (x.is_cuda and x.element_size() == 2)
-        if devices is not None and x.device.type not in devices:
-            return 'torch', f"'autograd' is for {', '.join(devices)} alone"
+    refused = 'there are no kernels' if kernels is None else 'kernels need a CUDA device'
+    if kernels is not None and tensors[0].is_cuda:
+        refused = _triton.refusal(tensors[0]) or kernels.refuses(*args, **kwargs)
+        if not refused:
+            return 'triton', 'kernels take these arguments'
+    if torch.compiler.is_compiling():
+        if 'compiled' in implementations:
+            return 'compiled', 'it is one operator for compilers'
+        return 'torch', f'the compiler fuses plain operations; {refused}'
+    if devices is not None and any(x.device.type not in devices for x in tensors):
+        return 'torch', f"'autograd' is for {', '.join(devices)} alone; {refused}"
     if 'autograd' not in implementations:
-        return 'torch', 'it is the only implementation here'
+        return 'torch', refused
     if wanted and torch.is_grad_enabled():
-        return 'autograd', 'gradients are wanted'
+        return 'autograd', f'gradients are wanted; {refused}'
     if half:
-        return 'autograd', 'half precision goes into the tensor cores as it is'
-    return 'torch', 'no gradients are wanted'
+        return 'autograd', f'half precision goes into the tensor cores as it is; {refused}'
+    return 'torch', f'no gradients are wanted; {refused}'
 
 
 def primitive(**implementations: Callable[..., Any]) -> Callable[..., Any]:
@@ -135,8 +156,7 @@ def primitive(**implementations: Callable[..., Any]) -> Callable[..., Any]:
     @scripts_as(plain)
     @wraps(plain)
     def run(*args: Any, **kwargs: Any) -> Any:
-        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor)]
-        name, _ = choose(implementations, tensors)
+        name, _ = choose(implementations, args, kwargs)
         return implementations[name](*args, **kwargs)
 
     run.implementations = implementations
@@ -146,5 +166,5 @@ def primitive(**implementations: Callable[..., Any]) -> Callable[..., Any]:
 
 def explain(function: Callable[..., Any], *tensors: torch.Tensor) -> str:
     """Which implementation of a primitive runs for these tensors, and why, as one line of text."""
-    name, reason = choose(function.implementations, tensors)
+    name, reason = choose(function.implementations, tensors, {})
     return f"{function.__name__}: '{name}', since {reason}; there are {', '.join(function.implementations)}"

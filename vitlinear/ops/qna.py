@@ -10,13 +10,13 @@ with a learned relative bias r and a learned scale S for each tap, query and hea
 window sums, the bias. From a description of the authors' code, https://github.com/moabarar/qna: the scale, which stands
 outside the softmax and has either sign, queries of unit length, and taps outside the map that take no part.
 
-Both window sums are one depthwise convolution, without memory for windows; scores that spread too far for float32 are
-taken tap by tap. Heads are the last axis throughout, (d, heads).
+Without kernels both window sums are one depthwise convolution, and scores that spread too far for float32 are
+taken tap by tap; nothing needs memory for windows. Heads are the last axis throughout, (d, heads).
 """
 import torch
 
 from ._numerics import at_least_float32, no_autocast
-from .primitives.windows import shifted_windows, spread_of, window_kernel, window_sums
+from .primitives.windows import window_attention
 
 
 def unit_query(query: torch.Tensor, num_heads: int, normalize: bool = True) -> torch.Tensor:
@@ -67,8 +67,8 @@ def qna_attention(
     """Learned-query attention over the windows of a map.
 
     Cost: 2 L k^2 (d + 1) operations a position and head. Weights are float32, or float64 for float64 input; window sums
-    are in the dtype of the values, float32 for float16. On a CPU in eager mode the result is exact for scores of any
-    size; elsewhere scores count up to 80 below the maximum of their map.
+    are in the dtype of the values, float32 for float16. By kernels and on a CPU in eager mode the result is exact for
+    scores of any size; elsewhere scores count up to 80 below the maximum of their map.
 
     Args:
         score: Products of queries and keys (B, H, W, L, heads).
@@ -89,9 +89,4 @@ def qna_attention(
         raise ValueError(f'rel_pos_bias has windows of side {rel_pos_bias.shape[3]}, which must be odd.')
     if stride < 1:
         raise ValueError(f'stride={stride} must be positive.')
-    spread = spread_of(score, rel_pos_bias)
-    if spread == 'large':
-        return shifted_windows(score, v, rel_pos_bias, attn_scale, stride, scale)
-    if kernel is None:
-        kernel = window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3], scale)
-    return window_sums(score, v, kernel, stride, shift=spread != 'small')
+    return window_attention(score, v, rel_pos_bias, attn_scale, stride, scale, kernel)

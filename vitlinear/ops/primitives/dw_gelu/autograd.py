@@ -22,4 +22,9 @@ def depthwise(x, weight, bias=None):
     return x[:, :H, :W] if below or right else x
 
 
-depthwise.devices = ('cpu',)
+def depthwise_gelu(x, weight, bias=None):
+    """As `torch.depthwise_gelu`."""
+    return F.gelu(depthwise(x, weight, bias))
+
+
+depthwise.devices = depthwise_gelu.devices = ('cpu',)

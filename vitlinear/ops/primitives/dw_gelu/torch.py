@@ -19,3 +19,8 @@ def depthwise(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
     padding = [weight.shape[2] // 2, weight.shape[3] // 2]
     x = F.conv2d(x.permute(0, 3, 1, 2), weight, bias, [1, 1], padding, [1, 1], weight.shape[0])
     return x.permute(0, 2, 3, 1)
+
+
+def depthwise_gelu(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`gelu(depthwise(x, weight, bias))`, the exact GELU; arguments and cost as for `depthwise`."""
+    return F.gelu(depthwise(x, weight, bias))

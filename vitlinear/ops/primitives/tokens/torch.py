@@ -16,6 +16,13 @@ def clamp_magnitude(x: torch.Tensor, low: float = 1e-4, high: float = 1e4) -> to
     return x.abs().clamp(low, high) * x.sign()
 
 
+def split_heads(x: torch.Tensor, parts: int, num_heads: int) -> list[torch.Tensor]:
+    """(B, ..., parts * heads * d) to (B, heads, N, d), a list of `parts`; several heads come apart in one pass."""
+    x = x.flatten(1, -2)
+    x = x.unflatten(2, [parts, num_heads, x.shape[2] // (parts * num_heads)]).permute(2, 0, 3, 1, 4)
+    return (x.contiguous() if num_heads > 1 else x).unbind(0)
+
+
 def token_sums(
         k: torch.Tensor,
         v: torch.Tensor,

@@ -1,8 +1,9 @@
-"""Sums over the windows of a map with learned queries: a score is one number in all windows that hold it."""
+"""Attention over the windows of a map with learned queries: a score is one number in all windows that hold it."""
 from ..._dispatch import primitive
-from . import autograd, torch
+from . import autograd, torch, triton
 from .torch import shifted_windows, spread_of, window_kernel
 
-window_sums = primitive(torch=torch.window_sums, autograd=autograd.window_sums)
+window_attention = primitive(
+    torch=torch.window_attention, autograd=autograd.window_attention, triton=triton.window_attention)
 
-__all__ = ['shifted_windows', 'spread_of', 'window_kernel', 'window_sums']
+__all__ = ['shifted_windows', 'spread_of', 'window_attention', 'window_kernel']

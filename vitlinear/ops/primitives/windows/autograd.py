@@ -51,6 +51,11 @@ class _WindowSums(torch.autograd.Function):
         return grad_score.to(score.dtype), grad_v.to(v.dtype), grad_kernel.to(kernel_dtype), None, None
 
 
-def window_sums(score, v, kernel, stride=1, shift=True):
-    """As `torch.window_sums`; keeps its arguments alone."""
-    return _WindowSums.apply(score, v, kernel, stride, shift)
+def window_attention(score, v, rel_pos_bias, attn_scale=None, stride=1, scale=1., kernel=None):
+    """As `torch.window_attention`; keeps scores, values and the kernel alone, unless scores spread far."""
+    spread = plain.spread_of(score, rel_pos_bias)
+    if spread == 'large':
+        return plain.shifted_windows(score, v, rel_pos_bias, attn_scale, stride, scale)
+    if kernel is None:
+        kernel = plain.window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3], scale)
+    return _WindowSums.apply(score, v, kernel, stride, spread != 'small')

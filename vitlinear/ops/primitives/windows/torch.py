@@ -192,3 +192,36 @@ def spread_of(score: torch.Tensor, rel_pos_bias: torch.Tensor) -> str:
         return 'small'
     spread = score.amax(dim=(1, 2)) - score.amin(dim=(1, 2))
     return 'moderate' if bool((spread <= room).all()) else 'large'
+
+
+def window_attention(
+        score: torch.Tensor,
+        v: torch.Tensor,
+        rel_pos_bias: torch.Tensor,
+        attn_scale: torch.Tensor | None = None,
+        stride: int = 1,
+        scale: float = 1.,
+        kernel: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """`scale sum_l sum_t S_lt softmax_t(score_l + r_lt) v` for the taps t of each window.
+
+    Cost: 2 L k^2 (d + 1) operations a position and head.
+
+    Args:
+        score: (B, H, W, L, heads).
+        v: Values (B, H, W, d, heads).
+        rel_pos_bias: r (L * heads, 1, k, k).
+        attn_scale: S (L * heads, 1, k, k), None for 1.
+        stride: Of the windows.
+        scale: Of the result.
+        kernel: What `window_kernel` makes of r, S and the scale, where that is known.
+
+    Returns:
+        (B, ceil(H / stride), ceil(W / stride), d, heads) in the dtype of v.
+    """
+    spread = spread_of(score, rel_pos_bias)
+    if spread == 'large':
+        return shifted_windows(score, v, rel_pos_bias, attn_scale, stride, scale)
+    if kernel is None:
+        kernel = window_kernel(rel_pos_bias, attn_scale, score.shape[3], v.shape[3], scale)
+    return window_sums(score, v, kernel, stride, spread != 'small')
