@@ -142,7 +142,7 @@ def test_turned_off(monkeypatch):
     assert _triton._missing() == 'VITLINEAR_TRITON=0'
     monkeypatch.setenv('VITLINEAR_TRITON', '1')
     monkeypatch.setattr(_triton, 'version', lambda name: '2.1.0')
-    assert _triton._missing() == 'Triton 2.1.0 is older than 3.3'
+    assert _triton._missing() == 'Triton 2.1.0 is older than 3.4'
     monkeypatch.setattr(_triton.importlib.util, 'find_spec', lambda name: None)
     assert _triton._missing() == 'Triton is not installed'
 
@@ -157,3 +157,14 @@ def test_compiles_for_devices():
     assert len(used) > 60
     for name, kernel in used.items():
         assert kernel['shared'] <= 48 * 1024 and kernel['stack'] <= 512, (name, kernel)
+
+
+def test_autocast_of_convolutions():
+    """A float32 map goes into the kernel as autocast has it, and comes out so, as PyTorch's convolutions do."""
+    x, weight, bias = (x.float() for x in OPS['depthwise-gelu'].inputs(3, 5))
+    outputs = []
+    for implementation in ('triton', 'torch'):
+        with ops.use(implementation), torch.autocast('cpu', torch.bfloat16):
+            outputs.append(ops.depthwise_gelu(x, weight, bias))
+    assert outputs[0].dtype == outputs[1].dtype == torch.bfloat16
+    assert_near([outputs[0].float()], [outputs[1].float()], 2e-2)

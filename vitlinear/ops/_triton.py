@@ -12,7 +12,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 # Older versions of Triton are not tested with these kernels.
-OLDEST_TRITON = (3, 3)
+OLDEST_TRITON = (3, 4)
 
 # The types that kernels take on devices; sums and small matrices are float32.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -22,6 +22,17 @@ def _unaliased(launch: Callable[..., Any]) -> Callable[..., Any]:
     return run
 
 
+def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """As `launch`, on the device of its first argument: Triton takes the current one."""
+    @wraps(launch)
+    def run(x: torch.Tensor, *args: Any) -> Any:
+        if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+            return launch(x, *args)
+        with torch.cuda.device(x.device):
+            return launch(x, *args)
+    return run
+
+
 def by_kernels(
         plain: Callable[..., Any],
         launch: Callable[..., Any],
@@ -45,6 +56,8 @@ def by_kernels(
         num_tensors: How many arguments are tensors, or None.
         refuses: From arguments, the reason why the kernels cannot take them, '' if they can.
     """
+    launch, launch_backward = _on_device(launch), _on_device(launch_backward)
+
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         ctx.save_for_backward(*inputs[:num_tensors])
         ctx.options = inputs[num_tensors:]

@@ -2,9 +2,10 @@
 on Hopper."""
 import triton
 import triton.language as tl
-from triton import knobs
 
-INTERPRETED = tl.constexpr(knobs.runtime.interpret)
+from .. import _triton
+
+INTERPRETED = tl.constexpr(_triton.INTERPRETED)
 
 
 @triton.jit

@@ -1,4 +1,6 @@
 """Depthwise convolutions by kernels. The backward pass keeps the arguments, neither the convolution nor its GELU."""
+import torch
+
 from ..._triton import too_large
 from ..by_kernels import by_kernels
 from . import launch
@@ -28,14 +30,22 @@ def _fake_backward(x, weight, bias, grad, gelu):
 _depthwise = by_kernels(_plain, launch.depthwise, launch.depthwise_backward, _fake, _fake_backward, 3, _refuses)
 
 
+def _cast(x):
+    """The map in the type of autocast, which casts PyTorch's convolutions; weights are read as they are."""
+    device = x.device.type
+    if x.dtype == torch.float32 and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x
+
+
 def depthwise(x, weight, bias=None):
     """As `torch.depthwise`."""
-    return _depthwise(x, weight, bias, False)
+    return _depthwise(_cast(x), weight, bias, False)
 
 
 def depthwise_gelu(x, weight, bias=None):
     """As `torch.depthwise_gelu`."""
-    return _depthwise(x, weight, bias, True)
+    return _depthwise(_cast(x), weight, bias, True)
 
 
 depthwise.refuses = depthwise_gelu.refuses = _refuses
