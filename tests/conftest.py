@@ -30,11 +30,16 @@ def nan_memory() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of the commands, which start processes, and as slow those of compilers, exporters and the Hub."""
+    """Mark the tests of the commands, which start processes, and as slow those of compilers, exporters and the Hub.
+
+    Slow are those of models and of windows in Triton's interpreter as well.
+    """
     tests = Path(__file__).parent
     for item in items:
         name = item.name.partition('[')[0]
         if tests / 'tools' in item.path.parents:
             item.add_marker('tools')
-        elif item.path.name.startswith('test_hub') or any(word in name for word in ('compile', 'export', 'trace')):
+        elif (item.path.name.startswith(('test_hub', 'test_kernels'))
+                or any(word in name for word in ('compile', 'export', 'trace'))
+                or ('triton' in item.name and 'qna' in item.name)):
             item.add_marker('slow')
