@@ -1,17 +1,20 @@
 """Weights to the Hub and back, through the real client and a Hub on the loopback interface, in order and out of it."""
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from safetensors.torch import load, load_file, save
 
 import vitlinear
 from _hub import LOAD, NAME, ORG, command, make_folder
 from _hub_client import digest
 from _hub_server import TOKEN
 from vitlinear.zoo import hub as hub_module
+from vitlinear.zoo.hub import IntegrityError
 from vitlinear.zoo.records import read_record
 
 # the smallest model of each family
@@ -235,3 +238,63 @@ def test_a_file_of_the_callers_goes_first(hub, client, cache, made, published):
     file, expected = str(made[0] / 'model.safetensors'), made[1]
     code = (f"result = load({NAME!r}, num_classes=3, pretrained_cfg_overlay=dict(file={file!r}, num_classes=3))")
     assert client.run(code, cache, **ORG)['value'] == expected and hub.requests == []
+
+
+# a record covers one file
+
+def altered(path: Path) -> bytes:
+    """The weights with one number changed."""
+    weights = load_file(path)
+    weights[min(weights)] = weights[min(weights)] + 1
+    return save(weights, metadata=dict(format='pt'))
+
+
+@pytest.mark.parametrize('how', ['renamed', 'other weights', 'other type', 'other name', 'none'])
+def test_folder_loads_what_its_record_covers(made, folder, how: str):
+    weights, record = folder / 'model.safetensors', folder / 'record.json'
+    other = altered(weights)
+    if how == 'renamed':  # the record names another file, beside which lies what timm would load
+        shutil.copy(weights, folder / 'weights.safetensors')
+        record.write_text(json.dumps({**json.loads(record.read_text()), 'file': 'weights.safetensors'}))
+        weights.write_bytes(other)
+    elif how == 'other weights':
+        weights.write_bytes(other)
+    elif how != 'none':
+        torch.save(load(other), folder / 'pytorch_model.bin')
+        (folder / 'x.safetensors').write_bytes(other)
+        weights.unlink()
+        if how == 'other name':
+            (folder / 'pytorch_model.bin').unlink()
+    if how in ('renamed', 'none'):
+        assert digest(timm.create_model(f'local-dir:{folder}', pretrained=True)) == made[1]
+    else:
+        with pytest.raises(IntegrityError, match='is missing, which|is damaged or another file'):
+            timm.create_model(f'local-dir:{folder}', pretrained=True)
+
+
+@pytest.mark.parametrize('door', ["'hf-hub:org/mine'", "'vvt_nano.untrained'"])
+def test_repository_loads_what_its_record_covers(hub, client, cache, made, folder, door: str):
+    """Its own record is asked for, whether the caller names the repository or an organisation."""
+    repo = 'org/mine' if 'mine' in door else 'org/vvt_nano.untrained'
+    files = {p.name: p.read_bytes() for p in folder.iterdir()}
+    record = json.loads(files['record.json'])
+    code = f'import timm, vitlinear\nresult = digest(timm.create_model({door}, pretrained=True))'
+    hub.add(repo, files)
+    assert client.run(code, cache, **ORG)['value'] == made[1]
+
+    hub.add(repo, {'model.safetensors': altered(folder / 'model.safetensors')})
+    told = client.run(code, cache, **ORG)
+    assert told['error'] == 'IntegrityError' and record['sha256'] in told['message'], told
+
+    renamed = {'record.json': json.dumps({**record, 'file': 'weights.safetensors'}).encode(),
+               'weights.safetensors': files['model.safetensors']}
+    hub.add(repo, renamed)
+    assert client.run(code, cache, **ORG)['value'] == made[1]
+
+
+def test_repository_without_a_record(hub, client, cache, made, folder):
+    files = {p.name: p.read_bytes() for p in folder.iterdir() if p.name != 'record.json'}
+    hub.add('org/plain', files)
+    code = "import timm, vitlinear\nresult = digest(timm.create_model('hf-hub:org/plain', pretrained=True))"
+    assert client.run(code, cache)['value'] == made[1]
+    assert client.run(code, cache, HF_HUB_OFFLINE='1')['value'] == made[1]

@@ -26,8 +26,17 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from ..zoo._flax import is_flax, read_flax
-from ..zoo.hub import HubError, check_file, download, download_weights, hub_org, weights_repo
-from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, find_record, read_record
+from ..zoo.hub import (
+    HubError,
+    check_file,
+    download,
+    download_weights,
+    folder_weights,
+    hub_org,
+    repo_weights,
+    weights_repo,
+)
+from ..zoo.records import WEIGHTS_NAME, find_record
 
 __all__ = [
     'base_cfg',
@@ -115,18 +124,10 @@ def _locate(
     if cfg.state_dict:
         return None, {}
     if cfg.source == 'local-dir':
-        folder = Path(cfg.file)
-        path = folder / WEIGHTS_NAME
-        if not path.is_file():
-            return None, {}
-        if (folder / RECORD_NAME).is_file():
-            record = read_record(folder)
-            check_file(
-                folder / record.file, record.sha256, f"'{folder / RECORD_NAME}'", 'Restore the file the record is of.')
-        return path, {}
+        path = folder_weights(cfg.file) or Path(cfg.file) / WEIGHTS_NAME
+        return path if path.is_file() else None, {}
     if cfg.source == 'hf-hub':
-        repo_id, revision = hf_split(cfg.hf_hub_id)
-        return download_weights(repo_id, revision, None, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir), {}
+        return repo_weights(*hf_split(cfg.hf_hub_id), cfg.hf_hub_filename, cache_dir), {}
 
     name = f'{variant}.{cfg.tag}' if cfg.tag else variant
     given = pretrained_cfg if isinstance(pretrained_cfg, dict) else getattr(pretrained_cfg, '__dict__', {})
@@ -141,7 +142,10 @@ def _locate(
         config = {}
         if not record:
             config = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
-        path = download_weights(repo_id, revision, record, cache_dir=cache_dir)
+        if record:
+            path = download_weights(repo_id, revision, record, record.file, cache_dir)
+        else:
+            path = repo_weights(repo_id, revision, cache_dir=cache_dir)
         return path, {**config, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
     if not cfg.has_weights:
         raise ValueError(_no_weights_message(variant, cfg.tag or ''))
@@ -150,8 +154,7 @@ def _locate(
             check_file(cfg.file, record.sha256, f"the record of '{name}'", 'Install vitlinear again.')
         return Path(cfg.file), {}
     if cfg.hf_hub_id:
-        repo_id, revision = hf_split(cfg.hf_hub_id)
-        return download_weights(repo_id, revision, None, cfg.hf_hub_filename or WEIGHTS_NAME, cache_dir), {}
+        return repo_weights(*hf_split(cfg.hf_hub_id), cfg.hf_hub_filename, cache_dir), {}
     return None, {}
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import huggingface_hub as hf
 from huggingface_hub import errors as hf_errors
 
-from .records import WEIGHTS_NAME, Record, find_record
+from .records import RECORD_NAME, WEIGHTS_NAME, Record, find_record, read_record
 
 __all__ = [
-    'HubError', 'IntegrityError', 'cache_digest', 'check_file', 'download', 'download_weights', 'hub_errors', 'hub_org',
-    'set_hub_org', 'sha256', 'weights_repo',
+    'HubError', 'IntegrityError', 'cache_digest', 'check_file', 'download', 'download_weights', 'folder_weights',
+    'hub_errors', 'hub_org', 'repo_weights', 'set_hub_org', 'sha256', 'weights_repo',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -231,6 +231,13 @@ def check_file(path: str | os.PathLike, expected: str, source: str, remedy: str 
             f"is. {remedy or 'Delete it to have it downloaded again.'}")
 
 
+def _check_type(filename: str, repo_id: str, revision: str | None) -> None:
+    if not filename.endswith('.safetensors'):
+        raise HubError(
+            f"'{filename}' of {_at(repo_id, revision)} is not loaded: only safetensors files are, which cannot hold "
+            f'code. Download it and turn it into one with `vitlinear convert`.')
+
+
 def download_weights(
         repo_id: str,
         revision: str | None = None,
@@ -251,12 +258,71 @@ def download_weights(
         HubError: The file cannot be had.
         IntegrityError: It is not what it should be.
     """
-    if not filename.endswith('.safetensors'):
-        raise HubError(
-            f"'{filename}' of {_at(repo_id, revision)} is not loaded: only safetensors files are, which cannot hold "
-            f'code. Download it and turn it into one with `vitlinear convert`.')
+    _check_type(filename, repo_id, revision)
     path = download(repo_id, filename, revision, cache_dir)
     expected = record.sha256 if record else cache_digest(path)
     if expected:
         check_file(path, expected, f"the record of '{record.name}'" if record else 'the Hub')
     return path
+
+
+def folder_weights(folder: str | os.PathLike) -> Path | None:
+    """The file that the record of a folder covers, whatever else lies there; None for a folder without a record.
+
+    Raises:
+        IntegrityError: The file is missing, or not the one that the record is of.
+        RecordError: The record does not follow the schema.
+    """
+    folder = Path(folder)
+    if not (folder / RECORD_NAME).exists():
+        return None
+    record = read_record(folder)
+    path = folder / record.file
+    if not path.is_file():
+        raise IntegrityError(
+            f"'{path}' is missing, which '{folder / RECORD_NAME}' is of. Other files of the folder are not loaded in "
+            f'its place: restore it, or delete the record to load what it does not cover.')
+    check_file(path, record.sha256, f"'{folder / RECORD_NAME}'", 'Restore the file the record is of.')
+    return path
+
+
+def repo_weights(
+        repo_id: str,
+        revision: str | None = None,
+        filename: str | None = None,
+        cache_dir: str | os.PathLike | None = None,
+) -> Path:
+    """Path of the weights of a repository of the caller's choice, which must agree with its record if it has one.
+
+    Args:
+        repo_id: Repository.
+        revision: Branch, tag or commit.
+        filename: Name of the file; by default the record's, or else model.safetensors.
+        cache_dir: Cache to use in place of the Hub's own.
+
+    Raises:
+        HubError: The file cannot be had, or the record covers another one.
+        IntegrityError: It is not what it should be.
+        RecordError: The record does not follow the schema.
+    """
+    record = None
+    _check_type(filename or WEIGHTS_NAME, repo_id, revision)
+    try:
+        record = read_record(download(repo_id, RECORD_NAME, revision, cache_dir).parent)
+    except HubError as e:
+        # without a connection a record that was never seen is not asked for: the weights then come from the cache; and
+        # what is wrong with the repository itself, their download says
+        nothing_there = isinstance(e.__cause__, (
+            hf_errors.EntryNotFoundError, hf_errors.RepositoryNotFoundError, hf_errors.RevisionNotFoundError))
+        nothing_there = nothing_there and not isinstance(e.__cause__, hf_errors.LocalEntryNotFoundError)
+        if not nothing_there and not _is_cached(repo_id, filename or WEIGHTS_NAME, revision, cache_dir):
+            raise
+    if record and filename and filename != record.file:
+        raise HubError(
+            f"'{filename}' of {_at(repo_id, revision)} is not loaded: the repository's record covers '{record.file}'.")
+    return download_weights(
+        repo_id, revision, record, record.file if record else filename or WEIGHTS_NAME, cache_dir)
+
+
+def _is_cached(repo_id: str, filename: str, revision: str | None, cache_dir: str | os.PathLike | None) -> bool:
+    return isinstance(hf.try_to_load_from_cache(repo_id, filename, cache_dir=cache_dir, revision=revision), str)
