@@ -114,7 +114,7 @@ def choose(
         if forced in implementations:
             return forced, f"ops.use('{forced}')"
         return 'torch', f"ops.use('{forced}'), which this primitive has not"
-    if not is_specialised() or torch.jit.is_scripting():
+    if not is_specialised():
         return 'torch', 'a graph is made, which holds plain operations'
     if _is_transformed():
         return 'torch', 'torch.func and forward-mode differentiation need plain operations'
