@@ -10,7 +10,6 @@ import tempfile
 from pathlib import Path
 
 import triton
-import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
@@ -86,7 +85,7 @@ def token_kernels(capability: int, dtype: str, channels: int, factors: int, divi
 def other_kernels(capability: int, dtype: str):
     """Those of the other primitives, in the forms of the models."""
     BH, BW, BC = dw_gelu_launch.TILE
-    common = dict(KH=3, KW=3, BIAS=True, wide=tl.float32, BH=BH, BW=BW, BC=BC)
+    common = dict(KH=3, KW=3, BIAS=True, BH=BH, BW=BW, BC=BC)
     yield 'depthwise', usage(
         dw_gelu.depthwise_kernel, capability, dict(x=dtype, weight=dtype, bias=dtype, out=dtype),
         dict(common, GELU=True, FLIP=False), dw_gelu_launch.WARPS)
@@ -102,7 +101,7 @@ def other_kernels(capability: int, dtype: str):
         yield 'series', usage(
             walk_series.series_kernel, capability, dict(step='fp32', start='fp32', out='fp32'),
             dict(PRECISION='tf32x3', BR=32, BE=32), 4)
-    tile = dict(SCALED=True, K=3, wide=tl.float32, P=32, BD=8, BH=8)
+    tile = dict(SCALED=True, K=3, P=32, BD=8, BH=8)
     maps = dict(score=dtype, v=dtype, bias='fp32', tap_scale='fp32')
     yield 'windows', usage(windows.windows_kernel, capability, dict(maps, out=dtype), tile, 4)
     gradients = dict(maps, grad=dtype, log_sum='fp32', inner='fp32')

@@ -17,7 +17,6 @@ OLDEST_TRITON = (3, 4)
 # The types that kernels take on devices; sums and small matrices are float32.
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-
 # Whether Triton interprets kernels, slowly and on CPUs, for tests: it reads this variable when it is loaded.
 INTERPRETED = os.environ.get('TRITON_INTERPRET', '0') == '1' and importlib.util.find_spec('triton') is not None
 
@@ -70,15 +69,29 @@ def shared_memory(index: int) -> int:
     return 1 << 20 if index < 0 else torch.cuda.get_device_properties(index).shared_memory_per_block_optin
 
 
+def too_wide(x: torch.Tensor, what: str, channels: int, most: int, small: int, large_shared_memory: int) -> str:
+    """Why matrices of so many channels do not fit into a program, '' if they do: above `small` cards must have more."""
+    if channels > most:
+        return f'{what} have {channels} channels, and kernels take {most}'
+    if channels > small and shared_memory(x.get_device()) < large_shared_memory:
+        return f'{what} of {channels} channels need {large_shared_memory} bytes of shared memory'
+    return ''
+
+
 def too_large(x: torch.Tensor) -> str:
     """Why 32-bit offsets within an image (B, ...) do not do, '' if they do."""
     entries = math.prod(x.shape[1:])
     return '' if entries < 2 ** 31 else f'an image has {entries} entries, and kernels take {2 ** 31 - 1}'
 
 
+def power_of_2(n: int) -> int:
+    """The smallest one that is no less than n."""
+    return 1 << (n - 1).bit_length()
+
+
 def next_size(n: int) -> int:
-    """Smallest size of a tile that holds n: a power of 2, at least 16."""
-    return max(16, 1 << (n - 1).bit_length())
+    """Smallest side of a factor of a product of tiles that holds n: a power of 2, at least 16."""
+    return max(16, power_of_2(n))
 
 
 def dot_precision(x: torch.Tensor) -> str:

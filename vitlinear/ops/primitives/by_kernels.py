@@ -34,6 +34,7 @@ def _on_device(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def by_kernels(
+        name: str,
         plain: Callable[..., Any],
         launch: Callable[..., Any],
         launch_backward: Callable[..., Any],
@@ -47,6 +48,7 @@ def by_kernels(
     The function that it returns takes all arguments in their order, the tensors first, and returns what `launch` does.
 
     Args:
+        name: Of the operator, and before '_backward' of that of its gradient.
         plain: In plain operations: what a backward pass that is asked for a graph differentiates.
         launch: The forward pass.
         launch_backward: Gradients of the tensors, from the tensors, the gradients of all results and the other
@@ -70,10 +72,10 @@ def by_kernels(
             return *(None if x is None else g for x, g in zip(tensors, found, strict=True)), *[None] * len(ctx.options)
         return backward
 
-    operator = torch.library.custom_op(f'vitlinear::{launch.__name__}', _unaliased(launch), mutates_args=())
+    operator = torch.library.custom_op(f'vitlinear::{name}', _unaliased(launch), mutates_args=())
     operator.register_fake(fake)
     operator_backward = torch.library.custom_op(
-        f'vitlinear::{launch_backward.__name__}', _unaliased(launch_backward), mutates_args=())
+        f'vitlinear::{name}_backward', _unaliased(launch_backward), mutates_args=())
     operator_backward.register_fake(fake_backward)
     operator.register_autograd(gradients(operator_backward), setup_context=setup_context)
     launched_gradients = gradients(launch_backward)

@@ -55,12 +55,13 @@ def _convolve(
 def depthwise_kernel(
         x, weight, bias, out, H, W, C,
         KH: tl.constexpr, KW: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr, FLIP: tl.constexpr,
-        wide: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
+        BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
     """`depthwise(x) + bias`, and its GELU with GELU; FLIP turns the kernel round, as backward passes need.
 
     Grid: images, tiles of rows, columns and channels. Maps are (B, H, W, C), the weight (C, 1, KH, KW).
     """
     _, image, h, w, c = _place(H, W, C, BH, BW, BC)
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     y = _convolve(x, weight, bias, image, h, w, c, H, W, C, KH, KW, FLIP, BIAS, wide)
     if GELU:
         y = 0.5 * y * (1. + tl.erf(y * 0.7071067811865476))
@@ -71,13 +72,14 @@ def depthwise_kernel(
 def depthwise_backward_kernel(
         x, grad, weight, bias, grad_y, partial, H, W, C,
         KH: tl.constexpr, KW: tl.constexpr, TAPS: tl.constexpr, GELU: tl.constexpr, BIAS: tl.constexpr,
-        wide: tl.constexpr, BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
+        BH: tl.constexpr, BW: tl.constexpr, BC: tl.constexpr):
     """Gradient of the convolution, with GELU, and parts of those of weight and bias.
 
     Grid as above. `grad_y` is (B, H, W, C); `partial` (tiles of positions, KH KW + 1, C) has the bias last; TAPS is a
     power of 2 above KH KW.
     """
     part, image, h, w, c = _place(H, W, C, BH, BW, BC)
+    wide: tl.constexpr = tl.float64 if x.dtype.element_ty == tl.float64 else tl.float32
     g = _load(grad, image, h, w, c, H, W, C).to(wide)
     if GELU:
         y = _convolve(x, weight, bias, image, h, w, c, H, W, C, KH, KW, False, BIAS, wide)

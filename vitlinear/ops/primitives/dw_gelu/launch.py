@@ -19,18 +19,13 @@ def _tiles(x: torch.Tensor, weight: torch.Tensor) -> tuple[int, int, int, int]:
     return BH, BW, BC, x.shape[0] * -(-x.shape[1] // BH) * -(-x.shape[2] // BW)
 
 
-def _wide(x: torch.Tensor):
-    import triton.language as tl
-    return tl.float64 if x.dtype == torch.float64 else tl.float32
-
-
 def _convolve(x, weight, bias, gelu, flip):
     out = torch.empty_like(x)
     (_, H, W, C), (BH, BW, BC, parts) = x.shape, _tiles(x, weight)
     if out.numel():
         _kernels().depthwise_kernel[parts * -(-C // BC),](
             x, weight, weight if bias is None else bias, out, H, W, C, KH=weight.shape[2], KW=weight.shape[3],
-            GELU=gelu, BIAS=bias is not None, FLIP=flip, wide=_wide(x), BH=BH, BW=BW, BC=BC, num_warps=WARPS)
+            GELU=gelu, BIAS=bias is not None, FLIP=flip, BH=BH, BW=BW, BC=BC, num_warps=WARPS)
     return out
 
 
@@ -54,7 +49,7 @@ def depthwise_backward(
     if x.numel():
         _kernels().depthwise_backward_kernel[parts * -(-C // BC),](
             x, grad, weight, weight if bias is None else bias, grad_y, partial, H, W, C,
-            KH=KH, KW=KW, TAPS=1 << (KH * KW).bit_length(), GELU=gelu, BIAS=bias is not None, wide=_wide(x),
+            KH=KH, KW=KW, TAPS=1 << (KH * KW).bit_length(), GELU=gelu, BIAS=bias is not None,
             BH=BH, BW=BW, BC=BC, num_warps=WARPS)
     sums = partial.sum(dim=0)
     grad_bias = sums.new_empty(0) if bias is None else sums[-1].to(bias.dtype)

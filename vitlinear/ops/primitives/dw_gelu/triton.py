@@ -27,7 +27,8 @@ def _fake_backward(x, weight, bias, grad, gelu):
         x.new_empty(0) if bias is None else bias.new_empty(bias.shape)
 
 
-_depthwise = by_kernels(_plain, launch.depthwise, launch.depthwise_backward, _fake, _fake_backward, 3, _refuses)
+_depthwise = by_kernels(
+    'depthwise', _plain, launch.depthwise, launch.depthwise_backward, _fake, _fake_backward, 3, _refuses)
 
 
 def _cast(x):

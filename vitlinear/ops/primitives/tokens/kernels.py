@@ -113,6 +113,13 @@ def sums_kernel(
 
 
 @triton.jit
+def _place(N, heads, tiles, BN: tl.constexpr):
+    """Image and head of a program and which of all heads that is, its positions and whether they are on the map."""
+    pair, n = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles * BN + tl.arange(0, BN)
+    return pair, pair // heads, pair % heads, n, n < N
+
+
+@triton.jit
 def _numerators(
         x, sums, total, table, n, d, e, inside, D, E,
         FACTORS: tl.constexpr, DIVIDE: tl.constexpr, PRECISION: tl.constexpr, wide: tl.constexpr):
@@ -143,10 +150,8 @@ def apply_kernel(
 
     Grid: B heads tiles. `sums` are (B heads, FACTORS D, E), `total` (B heads, FACTORS D), `out` (B, N, heads, E).
     """
-    pair, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    image, head = pair // heads, pair % heads
-    d, e, n = tl.arange(0, BD), tl.arange(0, BE), tile * BN + tl.arange(0, BN)
-    inside = n < N
+    pair, image, head, n, inside = _place(N, heads, tiles, BN)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
     wide: tl.constexpr = sums.dtype.element_ty
     rows = D * (FACTORS if FACTORS > 0 else 1)
     x = _load(q + image * q_image + head * q_head, n[:, None], d[None, :], inside[:, None], D, q_position)
@@ -181,10 +186,8 @@ def apply_backward_kernel(
     (B, N, heads, E) and `grad_weight` (B heads, N); the gradient of the sums is what `sums_kernel` makes of the last
     two.
     """
-    pair, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    image, head = pair // heads, pair % heads
-    d, e, n = tl.arange(0, BD), tl.arange(0, BE), tile * BN + tl.arange(0, BN)
-    inside = n < N
+    pair, image, head, n, inside = _place(N, heads, tiles, BN)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
     wide: tl.constexpr = sums.dtype.element_ty
     rows = D * (FACTORS if FACTORS > 0 else 1)
     sums += pair * rows * E
@@ -238,10 +241,8 @@ def sums_backward_kernel(
     Grid: B heads tiles. `grad` is that of S (B heads, FACTORS D, E), `grad_total` of Z (B heads, FACTORS D), `grad_k`
     (B, N, heads, D) and `grad_v` (B, N, heads, E).
     """
-    pair, tile = (tl.program_id(0) // tiles).to(tl.int64), tl.program_id(0) % tiles
-    image, head = pair // heads, pair % heads
-    d, e, n = tl.arange(0, BD), tl.arange(0, BE), tile * BN + tl.arange(0, BN)
-    inside = n < N
+    pair, image, head, n, inside = _place(N, heads, tiles, BN)
+    d, e = tl.arange(0, BD), tl.arange(0, BE)
     wide: tl.constexpr = grad.dtype.element_ty
     rows = D * (FACTORS if FACTORS > 0 else 1)
     grad += pair * rows * E

@@ -2,7 +2,7 @@
 import torch
 
 from ..._numerics import sum_dtype
-from ..._triton import shared_memory
+from ..._triton import too_wide
 from ..by_kernels import by_kernels
 from . import launch
 from . import torch as plain
@@ -11,11 +11,8 @@ from .launch import empty_map
 
 def _refuses(x, y, *args, **kwargs):
     channels = max(x.shape[-1], y.shape[-1])
-    if channels > launch.MAX_CHANNELS:
-        return f'heads have {channels} channels, and kernels take {launch.MAX_CHANNELS}'
-    if channels > launch.SMALL_CHANNELS and shared_memory(x.get_device()) < launch.LARGE_SHARED_MEMORY:
-        return f'heads of {channels} channels need {launch.LARGE_SHARED_MEMORY} bytes of shared memory'
-    return ''
+    return too_wide(
+        x, 'heads', channels, launch.MAX_CHANNELS, launch.SMALL_CHANNELS, launch.LARGE_SHARED_MEMORY)
 
 
 def _num_factors(locality):
@@ -46,15 +43,16 @@ def _fake_clamp(x, *args):
 
 
 _sums = by_kernels(
-    plain.token_sums, launch.token_sums, launch.token_sums_backward, _fake_sums, _fake_sums_backward, 2, _refuses)
+    'token_sums', plain.token_sums, launch.token_sums, launch.token_sums_backward, _fake_sums, _fake_sums_backward, 2,
+    _refuses)
 
 _apply = by_kernels(
-    lambda q, sums, total, base, *args: plain.token_apply(q, sums, total, *args[:-1], base, args[-1]),
+    'token_apply', lambda q, sums, total, base, *args: plain.token_apply(q, sums, total, *args[:-1], base, args[-1]),
     launch.token_apply, launch.token_apply_backward, _fake_apply, _fake_apply_backward, 4, _refuses)
 
 _clamp = by_kernels(
-    plain.clamp_magnitude, launch.clamp_magnitude, launch.clamp_magnitude_backward, _fake_clamp, _fake_clamp, 1,
-    lambda *args, **kwargs: '')
+    'clamp_magnitude', plain.clamp_magnitude, launch.clamp_magnitude, launch.clamp_magnitude_backward, _fake_clamp,
+    _fake_clamp, 1, lambda *args, **kwargs: '')
 
 
 def clamp_magnitude(x, low=1e-4, high=1e4):

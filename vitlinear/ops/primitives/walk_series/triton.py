@@ -1,7 +1,7 @@
 """The series of a walk by a kernel, and the same for its gradient: one more series, of the transposed step."""
 import torch
 
-from ..._triton import dot_precision, next_size, shared_memory
+from ..._triton import dot_precision, next_size, too_wide
 from ..by_kernels import by_kernels
 from . import torch as plain
 
@@ -13,11 +13,7 @@ WARPS = 4
 
 def _refuses(step, start, *args, **kwargs):
     channels = max(*step.shape[2:], start.shape[3])
-    if channels > MAX_CHANNELS:
-        return f'matrices have {channels} channels, and kernels take {MAX_CHANNELS}'
-    if channels > SMALL_CHANNELS and shared_memory(step.get_device()) < LARGE_SHARED_MEMORY:
-        return f'matrices of {channels} channels need {LARGE_SHARED_MEMORY} bytes of shared memory'
-    return ''
+    return too_wide(step, 'matrices', channels, MAX_CHANNELS, SMALL_CHANNELS, LARGE_SHARED_MEMORY)
 
 
 def launch(step: torch.Tensor, start: torch.Tensor, num_doublings: int) -> torch.Tensor:
@@ -50,8 +46,8 @@ def _fake_backward(step, start, grad, num_doublings):
     return step.new_empty(step.shape), start.new_empty(start.shape)
 
 
-launch.__name__, launch_backward.__name__ = 'walk_series', 'walk_series_backward'
-_walk_series = by_kernels(plain.walk_series, launch, launch_backward, _fake, _fake_backward, 2, _refuses)
+_walk_series = by_kernels(
+    'walk_series', plain.walk_series, launch, launch_backward, _fake, _fake_backward, 2, _refuses)
 
 
 def walk_series(step, start, num_doublings=7):

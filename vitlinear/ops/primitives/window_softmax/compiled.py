@@ -61,9 +61,8 @@ def _fake_backward(qkv, table, grad, window_size):
     return qkv.new_empty(qkv.shape), table.new_empty(table.shape)
 
 
-launch.__name__, launch_backward.__name__ = 'window_softmax', 'window_softmax_backward'
 _window_softmax = by_kernels(
-    plain.window_softmax, launch, launch_backward, _fake, _fake_backward, 2, lambda *args: '')
+    'window_softmax', plain.window_softmax, launch, launch_backward, _fake, _fake_backward, 2, lambda *args: '')
 
 
 def window_softmax(qkv, table, window_size):

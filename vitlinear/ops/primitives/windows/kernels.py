@@ -82,11 +82,11 @@ def _log_sum(
 @triton.jit(do_not_specialize=['H', 'W', 'H2', 'W2'])
 def windows_kernel(
         score, v, bias, tap_scale, out, H, W, H2, W2, L, D, heads, stride, scale,
-        SCALED: tl.constexpr, K: tl.constexpr, wide: tl.constexpr, P: tl.constexpr, BD: tl.constexpr,
-        BH: tl.constexpr):
+        SCALED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
     """`scale sum_l sum_t S_lt softmax_t(score_l + r_lt) v`, S = 1 without SCALED; `out` is (B, H2, W2, D, heads)."""
     image, h, w, inside, a, _ = _place(H2, W2, heads, P, BH)
     d = tl.arange(0, BD)
+    wide: tl.constexpr = tl.float64 if v.dtype.element_ty == tl.float64 else tl.float32
     y = tl.zeros([P, BD, BH], wide)
     for query in range(L):
         largest, total = _log_sum(score, bias, image, h, w, inside, query, a, H, W, L, heads, stride, K, wide)
@@ -103,8 +103,7 @@ def windows_kernel(
 @triton.jit(do_not_specialize=['H', 'W', 'H2', 'W2'])
 def windows_parameters_kernel(
         score, v, bias, tap_scale, grad, log_sum, inner, partial, H, W, H2, W2, L, D, heads, stride, scale,
-        SCALED: tl.constexpr, K: tl.constexpr, wide: tl.constexpr, P: tl.constexpr, BD: tl.constexpr,
-        BH: tl.constexpr):
+        SCALED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
     """What pixels need of their windows for gradients, and parts of the gradients of biases and scales.
 
     `log_sum` and `inner` (B, H2, W2, L, heads) are the logarithm of the sum of exponentials, and `sum_t a_t da_t` for
@@ -112,6 +111,7 @@ def windows_parameters_kernel(
     """
     image, h, w, inside, a, part = _place(H2, W2, heads, P, BH)
     d = tl.arange(0, BD)
+    wide: tl.constexpr = tl.float64 if v.dtype.element_ty == tl.float64 else tl.float32
     g = _rows(grad, image, h, w, inside, d, a, H2, W2, D, heads, wide)
     mask = inside[:, None] & (a < heads)[None, :]
     for query in range(L):
@@ -141,11 +141,11 @@ def windows_parameters_kernel(
 def windows_pixels_kernel(
         score, v, bias, tap_scale, grad, log_sum, inner, grad_score, grad_v,
         H, W, H2, W2, L, D, heads, stride, scale,
-        SCALED: tl.constexpr, K: tl.constexpr, wide: tl.constexpr, P: tl.constexpr, BD: tl.constexpr,
-        BH: tl.constexpr):
+        SCALED: tl.constexpr, K: tl.constexpr, P: tl.constexpr, BD: tl.constexpr, BH: tl.constexpr):
     """Gradients of scores and values: each pixel gathers from the windows that hold it."""
     image, h, w, inside, a, _ = _place(H, W, heads, P, BH)
     d = tl.arange(0, BD)
+    wide: tl.constexpr = tl.float64 if v.dtype.element_ty == tl.float64 else tl.float32
     value = _rows(v, image, h, w, inside, d, a, H, W, D, heads, wide)
     dv = tl.zeros([P, BD, BH], wide)
     for query in range(L):

@@ -4,7 +4,7 @@ from typing import Any
 import torch
 
 from ..._numerics import sum_dtype
-from ..._triton import too_large
+from ..._triton import power_of_2, too_large
 from ..by_kernels import by_kernels
 from . import torch as plain
 
@@ -19,23 +19,22 @@ def _refuses(score, v, *args, **kwargs):
     return too_large(v) or too_large(score)
 
 
-def _power_of_2(n: int) -> int:
-    return 1 << (n - 1).bit_length()
+def _tile(D: int, heads: int) -> tuple[int, int, int]:
+    """Positions, channels and heads of a tile."""
+    BD, BH = power_of_2(D), min(32, power_of_2(heads))
+    return min(64, max(1, TILE // (BD * BH))), BD, BH
 
 
 def _launch(name: str, score, v, bias, tap_scale, out_grid, stride, scale, at_pixels, *tensors) -> None:
     """A kernel with what all of them take."""
-    import triton.language as tl
-
-    from . import kernels
+    from . import kernels  # loads Triton
     (B, H, W, D, heads), (H2, W2) = v.shape, out_grid
-    BD, BH, positions = _power_of_2(D), min(32, _power_of_2(heads)), H * W if at_pixels else H2 * W2
-    P = min(64, max(1, TILE // (BD * BH)))
+    (P, BD, BH), positions = _tile(D, heads), H * W if at_pixels else H2 * W2
     if B * positions * heads:
         getattr(kernels, name)[B * -(-positions // P) * -(-heads // BH),](
             score, v, bias, bias if tap_scale is None else tap_scale, *tensors,
             H, W, H2, W2, score.shape[3], D, heads, stride, scale, SCALED=tap_scale is not None, K=bias.shape[3],
-            wide=tl.float64 if v.dtype == torch.float64 else tl.float32, P=P, BD=BD, BH=BH, num_warps=WARPS)
+            P=P, BD=BD, BH=BH, num_warps=WARPS)
 
 
 def _contiguous(*tensors: torch.Tensor | None) -> list[Any]:
@@ -72,8 +71,8 @@ def launch_backward(
     B, H2, W2, D, heads = grad.shape
     L, K, wide = score.shape[3], rel_pos_bias.shape[3], sum_dtype(v.dtype)
     log_sum, inner = score.new_empty(2, B, H2, W2, L, heads, dtype=wide)
-    P = min(64, max(1, TILE // (_power_of_2(D) * min(32, _power_of_2(heads)))))
-    partial = score.new_empty(B * -(-H2 * W2 // P), 1 if attn_scale is None else 2, L, K * K, heads, dtype=wide)
+    tiles = B * -(-H2 * W2 // _tile(D, heads)[0])
+    partial = score.new_empty(tiles, 1 if attn_scale is None else 2, L, K * K, heads, dtype=wide)
     args = score, v, rel_pos_bias, attn_scale, (H2, W2), stride, scale
     _launch('windows_parameters_kernel', *args, False, grad, log_sum, inner, partial)
     grad_score, grad_v = torch.empty_like(score), torch.empty_like(v)
@@ -93,8 +92,8 @@ def _fake_backward(score, v, rel_pos_bias, attn_scale, grad, stride, scale):
     return (score.new_empty(score.shape), v.new_empty(v.shape), rel_pos_bias.new_empty(rel_pos_bias.shape), grad_scale)
 
 
-launch.__name__, launch_backward.__name__ = 'window_attention', 'window_attention_backward'
-_window_attention = by_kernels(plain.window_attention, launch, launch_backward, _fake, _fake_backward, 4, _refuses)
+_window_attention = by_kernels(
+    'window_attention', plain.window_attention, launch, launch_backward, _fake, _fake_backward, 4, _refuses)
 
 
 def window_attention(score, v, rel_pos_bias, attn_scale=None, stride=1, scale=1., kernel=None):
