@@ -139,12 +139,10 @@ def _locate(
             repo = None  # the package carries what that repository has
     if repo:
         repo_id, revision = repo
-        config = {}
-        if not record:
-            config = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
         if record:
-            path = download_weights(repo_id, revision, record, record.file, cache_dir)
+            config, path = {}, download_weights(repo_id, revision, record, record.file, cache_dir)
         else:
+            config = _config_overlay(variant, download(repo_id, 'config.json', revision, cache_dir), repo_id)
             path = repo_weights(repo_id, revision, cache_dir=cache_dir)
         return path, {**config, 'file': None, 'url': None, 'hf_hub_id': '@'.join(filter(None, repo))}
     if not cfg.has_weights:

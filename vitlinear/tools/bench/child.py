@@ -62,7 +62,7 @@ def serve(connection: Connection) -> None:
     repeats = max(1, math.ceil(MIN_TURN / max(seconds, 1e-6))) if seconds < MIN_TURN / 2 else 1
     of_pass = None
     if kind in ('core', 'layer'):
-        of_pass = added(step) if steps.gpu_peak(order) is None else steps.gpu_peak(order)
+        of_pass = steps.gpu_peak(order) or added(step)
     connection.send(dict(peak_mib=steps.gpu_peak(order) or peak()))
     while connection.recv() == 'pass':
         ms = 1e3 * steps.seconds_of(step, repeats, device)
