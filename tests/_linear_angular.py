@@ -3,6 +3,8 @@ import torch
 
 from _golden import castling_cases, castling_part, castling_tensors
 from vitlinear.layers import LinearAngularAttention
+from vitlinear.ops import linear_angular_attention
+from vitlinear.ops.local import local_attention
 
 LAYERS = [name for name, case in castling_cases().items() if case['kind'] == 'attention']
 GOLDEN = dict(rtol=1e-4, atol=2e-5)
@@ -21,6 +23,12 @@ def create(*args, seed: int = 0, **kwargs) -> LinearAngularAttention:
         for name, p in module.named_parameters():
             p.normal_(std=.3 if name.startswith('dconv') else 1. if p.ndim == 1 else p[0].numel() ** -.5)
     return module.eval()
+
+
+def attention(q, k, v, weight, grid=None, num_prefix_tokens=0, **options) -> torch.Tensor:
+    """The op with the convolution of these kernels."""
+    local = local_attention(v, weight.to(v.dtype), grid, num_prefix_tokens)
+    return linear_angular_attention(q, k, v, local, grid, num_prefix_tokens, **options)
 
 
 def heads_of(module: LinearAngularAttention, x: torch.Tensor) -> list[torch.Tensor]:

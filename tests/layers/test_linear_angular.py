@@ -10,10 +10,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from _golden import castling_cases, castling_part
-from _linear_angular import CHUNKS, GOLDEN, LAYERS, create, golden_map, golden_module, heads_of, inputs, randn, scalar
+from _linear_angular import (
+    CHUNKS,
+    GOLDEN,
+    LAYERS,
+    attention,
+    create,
+    golden_map,
+    golden_module,
+    heads_of,
+    inputs,
+    randn,
+    scalar,
+)
 from _numerics import TIGHT, assert_close, in_row_blocks, saved_bytes
 from vitlinear.layers import LinearAngularAttention
-from vitlinear.ops import linear_angular_attention as attention
 from vitlinear.ops import masked_softmax, reference
 from vitlinear.ops._numerics import inverse_norm
 from vitlinear.ops.local import local_attention, subsample

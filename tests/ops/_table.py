@@ -6,6 +6,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
+from _linear_angular import attention as linear_angular
 from vitlinear import ops
 from vitlinear.ops import reference
 
@@ -136,7 +137,7 @@ OPS = {
         lambda q, k, v, beta: ops.random_walk_attention(q, k, v, _beta(beta)),
         lambda q, k, v, beta: reference.spectral_walk_attention(q, k, v, _beta(beta)), _with((2,))),
     'walk': Op(_walk, _walk_reference, _with((2,), (2,))),
-    'linear_angular': Op(ops.linear_angular_attention, reference.linear_angular_attention, _with((2, 1, 3, 1))),
+    'linear_angular': Op(linear_angular, reference.linear_angular_attention, _with((2, 1, 3, 1))),
     'depthwise': Op(ops.depthwise, _depthwise_reference, _depthwise(3, 3)),
     'depthwise-row': Op(ops.depthwise, _depthwise_reference, _depthwise(1, 9, bias=False)),
     'depthwise-gelu': Op(

@@ -6,6 +6,7 @@ import torch
 from _table import CASES, GRIDS, IMPLEMENTATIONS, OPS, SAME_IN_GRAPHS, is_interpreted, maps_of, sides
 
 from vitlinear import ops
+from vitlinear.ops.local import local_attention
 
 pytestmark = pytest.mark.usefixtures('nan_memory')
 
@@ -232,7 +233,7 @@ class Scripted(torch.nn.Module):
         grid = (2, 3)
         maps = ops.vicinity_attention(q.abs().unflatten(2, grid), k.abs().unflatten(2, grid), v.unflatten(2, grid))
         return (ops.linear_attention(q, k, v) + ops.xnorm_attention(q, k, v) + ops.random_walk_attention(q, k, v)
-                + ops.linear_angular_attention(q, k, v, weight) + maps.flatten(2, 3),
+                + ops.linear_angular_attention(q, k, v, local_attention(v, weight)) + maps.flatten(2, 3),
                 ops.qna_attention(score, windows, bias))
 
 

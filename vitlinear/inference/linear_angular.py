@@ -12,7 +12,7 @@ from ..layers._common import merge_heads
 from ..layers.linear_angular import LinearAngular
 from ..ops import split_heads
 from ..ops._numerics import inverse_norm
-from ..ops.local import local_attention, subsample
+from ..ops.local import subsample
 from .onednn import call_linear
 from .rows import add_to, branch
 
@@ -30,7 +30,7 @@ def attend(
         return layer.attend(q, k, v, grid, stride=stride)
     kv_scale = 1. if layer.ref_keys is None else layer.ref_keys / k.shape[2]
     with torch.autocast('cpu', enabled=False):
-        local = local_attention(v, layer.dconv.weight.to(v.dtype), grid)
+        local = layer.dconv(v, grid)
         kv = (k * inverse_norm(k).to(k.dtype)).transpose(-2, -1) @ v
         if stride != 1:
             v, local = [subsample(x, grid, stride) for x in (v, local)]

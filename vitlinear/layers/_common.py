@@ -29,6 +29,11 @@ def check_heads(dim: int, num_heads: int, name: str = 'dim') -> int:
     return dim // num_heads
 
 
+def channels_last(x: torch.Tensor) -> torch.Tensor:
+    """(B, C, H, W) in channels-last memory, in operations that torch.func's vmap knows."""
+    return x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2)
+
+
 def merge_heads(x: torch.Tensor) -> torch.Tensor:
     """(B, heads, N, d) to (B, N, heads * d)."""
     return x.transpose(1, 2).flatten(2)

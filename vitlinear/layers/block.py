@@ -11,6 +11,7 @@ from timm.layers import DropPath
 from timm.models import checkpoint
 from torch import nn
 
+from ._common import channels_last
 from .mlp import ConvMlp
 
 
@@ -68,7 +69,7 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(B, C, H, W) to (B, C', H', W') in channels-last memory."""
-        x = self.proj(x.contiguous(memory_format=torch.channels_last))
+        x = self.proj(channels_last(x))
         return self.norm(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
 
 

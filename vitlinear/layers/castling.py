@@ -1,5 +1,4 @@
 """Linear-angular attention in the layouts of other backbones: MViTv2's pooled grids and DeiT's tokens."""
-from functools import partial
 from typing import Any
 
 import torch
@@ -8,6 +7,20 @@ from torch import nn
 
 from ._common import merge_heads
 from .linear_angular import LinearAngular
+
+
+class HeadPoolConv2d(nn.Conv2d):
+    """Depthwise convolution of the channels of one head, for all heads of a map."""
+
+    def __init__(self, head_dim: int, kernel_size: int, stride: int, device=None, dtype=None):
+        super().__init__(
+            head_dim, head_dim, kernel_size, stride=stride, padding=kernel_size // 2, groups=head_dim, bias=False,
+            device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, heads * d, H, W) to (B, heads * d, H', W')."""
+        weight = self.weight.repeat(x.shape[1] // self.out_channels, 1, 1, 1)
+        return F.conv2d(x, weight, None, self.stride, self.padding, self.dilation, x.shape[1])
 
 
 class CastlingMultiScaleAttention(LinearAngular):
@@ -46,32 +59,27 @@ class CastlingMultiScaleAttention(LinearAngular):
         super().__init__(num_heads, **kwargs, **dd)
         self.dim_out = dim_out
         self.head_dim = self.value_dim = dim_out // num_heads
-        self.stride = stride
         self.residual_pooling = residual_pooling
         self.qkv = nn.Linear(dim, 3 * dim_out, bias=qkv_bias, **dd)
         self.proj = nn.Linear(dim_out, dim_out, **dd)
-        conv = partial(
-            nn.Conv2d, self.head_dim, self.head_dim, kernel_size, stride=stride, padding=kernel_size // 2,
-            groups=self.head_dim, bias=False, **dd)
-        self.pool_q, self.norm_q = conv(), norm_layer(self.head_dim, **dd)
-        self.pool_k, self.norm_k = conv(), norm_layer(self.head_dim, **dd)
-        self.pool_v, self.norm_v = conv(), norm_layer(self.head_dim, **dd)
+        for name in 'qkv':
+            self.add_module(f'pool_{name}', HeadPoolConv2d(self.head_dim, kernel_size, stride, **dd))
+            self.add_module(f'norm_{name}', norm_layer(self.head_dim, **dd))
 
-    def _pool(self, x: torch.Tensor, weight: torch.Tensor, feat_size: list[int]) -> torch.Tensor:
-        """Tokens (B, N, C) to a pooled map (B, H', W', heads, d) with the convolution that all heads share."""
-        pad = weight.shape[2] // 2
-        x = x.reshape(x.shape[0], feat_size[0], feat_size[1], self.dim_out).permute(0, 3, 1, 2)
-        x = F.conv2d(
-            x, weight.repeat(self.num_heads, 1, 1, 1), None, [self.stride, self.stride], [pad, pad], [1, 1],
-            self.dim_out)
+    def _to_map(self, x: torch.Tensor, feat_size: list[int]) -> torch.Tensor:
+        """Tokens (B, N, C) to a map (B, C, H, W)."""
+        return x.reshape(x.shape[0], feat_size[0], feat_size[1], self.dim_out).permute(0, 3, 1, 2)
+
+    def _to_heads(self, x: torch.Tensor) -> torch.Tensor:
+        """A map (B, C, H, W) to (B, H, W, heads, d)."""
         return x.permute(0, 2, 3, 1).unflatten(3, [self.num_heads, self.head_dim])
 
     def forward(self, x: torch.Tensor, feat_size: list[int]) -> tuple[torch.Tensor, list[int]]:
         """Tokens (B, H * W, C) and [H, W] to tokens (B, H' * W', C') and [H', W']."""
         q, k, v = self.qkv(x).split(self.dim_out, dim=2)
-        q = self.norm_q(self._pool(q, self.pool_q.weight, feat_size))
-        k = self.norm_k(self._pool(k, self.pool_k.weight, feat_size)).flatten(1, 2).transpose(1, 2)
-        v = self.norm_v(self._pool(v, self.pool_v.weight, feat_size)).flatten(1, 2).transpose(1, 2)
+        q = self.norm_q(self._to_heads(self.pool_q(self._to_map(q, feat_size))))
+        k = self.norm_k(self._to_heads(self.pool_k(self._to_map(k, feat_size)))).flatten(1, 2).transpose(1, 2)
+        v = self.norm_v(self._to_heads(self.pool_v(self._to_map(v, feat_size)))).flatten(1, 2).transpose(1, 2)
         H, W = q.shape[1], q.shape[2]
         q = q.flatten(1, 2).transpose(1, 2)
         x = self.attend(q, k, v, (H, W))

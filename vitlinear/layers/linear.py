@@ -1,9 +1,8 @@
 """Plain kernel attention and softmax attention as layers: an op on heads between two projections."""
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..ops import linear_attention, split_heads
+from ..ops import linear_attention, softmax_attention, split_heads
 from ._common import check_heads, merge_heads
 
 
@@ -63,4 +62,4 @@ class SoftmaxAttention(_TokenAttention):
 
     def attend(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
         """`softmax(q k^T / sqrt(d)) v`."""
-        return F.scaled_dot_product_attention(q, k, v)
+        return softmax_attention(q, k, v)

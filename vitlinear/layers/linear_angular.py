@@ -2,11 +2,11 @@
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from ..ops import linear_angular_attention, masked_softmax, split_heads
+from ..ops import linear_angular_attention, masked_softmax, softmax_attention, split_heads
 from ..ops._numerics import check_choice
+from ..ops.local import local_attention
 from ..ops.primitives.few_keys import pool_keys
 from ._common import check_heads, merge_heads
 
@@ -132,6 +132,28 @@ class MaskedSoftmax(nn.Module):
         return f'mode={self.mode}, kappa={self.kappa}, max_keys={self.max_keys}, chunk={self.chunk}'
 
 
+class ValueConv2d(nn.Conv2d):
+    """The convolution D of linear-angular attention, one kernel for the values of a head.
+
+    A kernel of one column runs along the tokens: nn.Conv2d of (B, heads, N, d) values. A square one is for their grid.
+    """
+
+    def __init__(self, num_heads: int, kernel_size: tuple[int, int], device=None, dtype=None):
+        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+        super().__init__(
+            num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, device=device,
+            dtype=dtype)
+
+    def forward(
+            self,
+            v: torch.Tensor,
+            grid: tuple[int, int] | None = None,
+            num_prefix_tokens: int = 0,
+    ) -> torch.Tensor:
+        """Values (B, heads, N, d) to as many, see `local_attention`."""
+        return local_attention(v, self.weight.to(v.dtype), grid, num_prefix_tokens)
+
+
 class LinearAngular(nn.Module):
     """What linear-angular attention needs besides its projections: the convolution and the auxiliary branch.
 
@@ -180,9 +202,8 @@ class LinearAngular(nn.Module):
         self.drop = float(attn_drop)
         self.dconv = self.aux = None
         if not softmax:
-            self.dconv = nn.Conv2d(
-                num_heads, num_heads, (res_kernel_size, res_kernel_size if conv == '2d' else 1),
-                groups=num_heads, bias=False, device=device, dtype=dtype)
+            kernel_size = (res_kernel_size, res_kernel_size if conv == '2d' else 1)
+            self.dconv = ValueConv2d(num_heads, kernel_size, device=device, dtype=dtype)
             self.aux = MaskedSoftmax(
                 aux_mode, aux_threshold, aux_kappa, aux_max_keys, aux_chunk, attn_drop, device=device)
 
@@ -197,21 +218,21 @@ class LinearAngular(nn.Module):
     ) -> torch.Tensor:
         """`linear_angular_attention` with the layer's convolution and auxiliary branch, or softmax attention."""
         if self.aux is None or self.dconv is None:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=self.drop if self.training else 0.)
+            return softmax_attention(q, k, v, dropout_p=self.drop if self.training else 0.)
         aux: torch.Tensor | None = None
         if self.aux.is_on():
             aux = self.aux(q, k, v, grid, num_prefix_tokens)
         kv_scale = 1.
         if self.ref_keys is not None:
             kv_scale = self.ref_keys / k.shape[2]
-        return linear_angular_attention(
-            q, k, v, self.dconv.weight, grid, num_prefix_tokens, stride, kv_scale, aux)
+        local = self.dconv(v, grid, num_prefix_tokens)
+        return linear_angular_attention(q, k, v, local, grid, num_prefix_tokens, stride, kv_scale, aux)
 
     def reparameterize(self) -> None:
         """Repeat the kernel of each head for its channels, once instead of in each call. Its state dict is another."""
         channels = self.value_channels()
         if self.dconv is not None and self.dconv.out_channels != channels:
-            conv = nn.Conv2d(channels, channels, self.dconv.kernel_size, groups=channels, bias=False, device='meta')
+            conv = ValueConv2d(channels, self.dconv.kernel_size, device='meta')
             weight = self.dconv.weight.detach().repeat_interleave(channels // self.num_heads, dim=0)
             conv.weight = nn.Parameter(weight, requires_grad=self.dconv.weight.requires_grad)
             self.dconv = conv.train(self.training)

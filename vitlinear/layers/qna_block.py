@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from timm.layers import DropPath
 from torch import nn
 
+from ._common import channels_last
 from .block import Stage
 from .mlp import Mlp
 from .qna import QnAAttention
@@ -33,7 +34,7 @@ class SamePatchEmbed(nn.Module):
         left, right = self._padding(x.shape[3])
         if top + bottom + left + right > 0:
             x = F.pad(x, [left, right, top, bottom])
-        return self.proj(x.contiguous(memory_format=torch.channels_last))
+        return self.proj(channels_last(x))
 
 
 class QnADownsample(nn.Module):

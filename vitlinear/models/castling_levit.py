@@ -18,6 +18,7 @@ from timm.models.levit import ConvNorm, Levit, LevitDistilled, LevitMlp
 from torch import nn
 
 from .. import inference
+from ..layers._common import channels_last
 from ..layers.levit import LevitAttention, LevitAttentionDownsample, PointwiseNorm
 from ..ops._numerics import check_choice
 from ._base import check_input
@@ -55,7 +56,7 @@ class LevitStem(nn.Sequential):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         check_input(x, self.in_chans)
-        x = x.contiguous(memory_format=torch.channels_last)
+        x = channels_last(x)
         for module in self:
             x = module(x)
         return x

@@ -16,6 +16,7 @@ from torch import nn
 
 from .. import inference
 from ..layers import XNormClassAttention, get_attention_layer
+from ..layers._common import channels_last
 from ..layers.xnorm_block import ClassBlock, FourierPosition, XNormBlock
 from ..ops._numerics import check_choice
 from ..zoo.families import Family
@@ -245,7 +246,7 @@ class XNormVisionTransformer(ImageModel):
     def _embed(self, x: torch.Tensor) -> torch.Tensor:
         """Images (B, in_chans, H, W) to a map (B, H', W', C) with positions."""
         check_input(x, self.in_chans)
-        x = self.patch_embed(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
+        x = self.patch_embed(channels_last(x)).permute(0, 2, 3, 1)
         if self.pos_embed is not None:
             x = x + resample_abs_pos_embed_nhwc(self.pos_embed, [x.shape[1], x.shape[2]])
         if self.pos_fourier is not None:

@@ -14,6 +14,7 @@ from .primitives.window_softmax import window_softmax
 from .primitives.windows import window_attention
 from .qna import qna_attention
 from .random_walk import random_walk_attention
+from .softmax import softmax_attention
 from .vicinity import vicinity_attention
 from .xnorm import xnorm_attention
 
@@ -28,6 +29,7 @@ __all__ = [
     'masked_softmax',
     'qna_attention',
     'random_walk_attention',
+    'softmax_attention',
     'split_heads',
     'token_apply',
     'token_moments',

@@ -71,7 +71,7 @@ def is_specialised() -> bool:
 
 def may_read(x: torch.Tensor) -> bool:
     """Whether the values of a tensor may steer the evaluation: reading them waits for no device and breaks no graph."""
-    return type(x) in PLAIN_TENSORS and x.device.type == 'cpu' and is_eager() and not _is_transformed()
+    return type(x) in PLAIN_TENSORS and x.device.type == 'cpu' and is_eager() and not is_transformed()
 
 
 def _always(x: torch.Tensor) -> bool:
@@ -84,7 +84,7 @@ def is_plain_tensor(x: torch.Tensor) -> bool:
     return not is_traceable_wrapper_subclass(x)
 
 
-def _is_transformed() -> bool:
+def is_transformed() -> bool:
     """Whether torch.func (vmap, grad, jvp, ...) or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -116,7 +116,7 @@ def choose(
         return 'torch', f"ops.use('{forced}'), which this primitive has not"
     if not is_specialised():
         return 'torch', 'a graph is made, which holds plain operations'
-    if _is_transformed():
+    if is_transformed():
         return 'torch', 'torch.func and forward-mode differentiation need plain operations'
     wanted = half = False
     devices = getattr(implementations.get('autograd'), 'devices', None)

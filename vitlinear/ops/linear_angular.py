@@ -20,7 +20,7 @@ import math
 import torch
 
 from ._numerics import inverse_norm, no_autocast
-from .local import local_attention, subsample
+from .local import subsample
 from .primitives.tokens import token_apply, token_sums
 
 
@@ -29,7 +29,7 @@ def linear_angular_attention(
         q: torch.Tensor,
         k: torch.Tensor,
         v: torch.Tensor,
-        weight: torch.Tensor,
+        local: torch.Tensor,
         grid: tuple[int, int] | None = None,
         num_prefix_tokens: int = 0,
         stride: int = 1,
@@ -38,15 +38,15 @@ def linear_angular_attention(
 ) -> torch.Tensor:
     """`unit(v / 2 + kv_scale unit(q) (unit(k)^T v) / pi + aux) + D v` at the position of each query.
 
-    Cost: 2 (N + M) d e operations a head and the convolution. Sums and norms are float32 (float64 for float64 input),
+    Cost: 2 (N + M) d e operations a head. Sums and norms are float32 (float64 for float64 input),
     with autocast off.
 
     Args:
         q: Queries (B, heads, N, d).
         k: Keys (B, heads, M, d).
         v: Values (B, heads, M, e).
-        weight: Kernels of D, see `local_attention`.
-        grid: Rows and columns of keys and values; for `stride` other than 1 and two-dimensional kernels.
+        local: The convolution D v of the values, (B, heads, M, e), see `local_attention`.
+        grid: Rows and columns of keys and values, for `stride` other than 1.
         num_prefix_tokens: Tokens in front of those of the grid, among queries and keys.
         stride: Of the queries' grid in that of the keys.
         kv_scale: N_ref / M keeps the parts of the sum in the ratio that they have for N_ref keys; 1 is as published.
@@ -56,7 +56,6 @@ def linear_angular_attention(
         (B, heads, N, e) in the dtype of v.
     """
     sums, _ = token_sums(k, v, unit=True)
-    local = local_attention(v, weight.to(v.dtype), grid, num_prefix_tokens)
     if stride != 1:
         assert grid is not None, 'A stride needs the grid of the keys.'
         v, local = [subsample(x, grid, stride, num_prefix_tokens) for x in (v, local)]

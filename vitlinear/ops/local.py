@@ -2,6 +2,7 @@
 import torch
 import torch.nn.functional as F
 
+from ._numerics import no_autocast
 from .primitives.dw_gelu import depthwise
 
 
@@ -12,6 +13,7 @@ def subsample(x: torch.Tensor, grid: tuple[int, int], stride: int, num_prefix_to
     return torch.cat([prefix, x], dim=2) if num_prefix_tokens else x
 
 
+@no_autocast
 def local_attention(
         v: torch.Tensor,
         weight: torch.Tensor,

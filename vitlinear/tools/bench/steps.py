@@ -22,6 +22,7 @@ from ...inference.onednn import linear_gelu
 from ...inference.optimize import optimize_for_inference
 from ...layers import QnAAttention, WindowAttention
 from ...ops import reference
+from ...ops.local import local_attention
 from ...ops.primitives.windows import shifted_windows
 from ...ops.qna import unit_query
 from ..export import count_macs
@@ -74,7 +75,7 @@ def grid(tokens: int) -> tuple[int, int]:
 
 def _linear_angular(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
     weight = torch.ones(heads, 1, 9, 1, dtype=dtype)
-    return lambda q, k, v: ops.linear_angular_attention(q, k, v, weight)
+    return lambda q, k, v: ops.linear_angular_attention(q, k, v, local_attention(v, weight))
 
 
 def _random_walk(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
@@ -83,7 +84,7 @@ def _random_walk(heads: int, dtype: torch.dtype) -> Callable[..., torch.Tensor]:
 
 
 _ON_TOKENS = {
-    'softmax': lambda heads, dtype: F.scaled_dot_product_attention,
+    'softmax': lambda heads, dtype: ops.softmax_attention,
     'linear': lambda heads, dtype: ops.linear_attention,
     'linear_angular': _linear_angular,
     'xnorm': lambda heads, dtype: ops.xnorm_attention,

@@ -2,9 +2,9 @@
 from functools import lru_cache
 
 import torch
-import torch.nn.functional as F
 
 from ..._dispatch import PLAIN_TENSORS, is_eager, scripts_as
+from ...softmax import softmax_attention
 
 
 def build_index(window_size: tuple[int, int], height: int, width: int, like: torch.Tensor) -> torch.Tensor:
@@ -90,7 +90,7 @@ def from_windows(x: torch.Tensor, H: int, W: int, h: int, w: int) -> torch.Tenso
 def attend(qkv: torch.Tensor, bias: torch.Tensor, h: int, w: int) -> torch.Tensor:
     """Attention within the windows (h, w) of a map whose sides they divide."""
     q, k, v = to_windows(qkv, 3, bias.shape[0], h, w).unbind(0)
-    y = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype).unsqueeze(0))
+    y = softmax_attention(q, k, v, bias.to(q.dtype).unsqueeze(0))
     return from_windows(y.unsqueeze(0), qkv.shape[1], qkv.shape[2], h, w)
 
 
