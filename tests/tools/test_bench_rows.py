@@ -4,7 +4,7 @@ import os
 import pytest
 from _bench import point
 
-from vitlinear.tools._script import UsageError
+from vitlinear.tools._errors import UsageError
 from vitlinear.tools.bench import report, rows
 
 

@@ -7,7 +7,7 @@ import yaml
 from _runs import COMMON, REPO, TINY, rows, weights
 
 from _data import cifar100, fashion_mnist, image_folder
-from vitlinear.tools import _script, train
+from vitlinear.tools import _errors, _flags, train
 from vitlinear.tools._train_args import UNSUPPORTED
 from vitlinear.tools.train import build_parser, main
 
@@ -23,10 +23,10 @@ DISTILLATION = {'kd_model_name', 'kd_distill_type', 'kd_token_distill_type', 'ta
 
 @pytest.mark.parametrize('path', CONFIGS, ids=lambda p: p.stem)
 def test_packaged_configs_parse_and_name_existing_models(path, tmp_path):
-    assert _script.find_config(path.stem).resolve() == path
+    assert _flags.find_config(path.stem).resolve() == path
     config = yaml.safe_load(path.read_text())
     if 'kd_model_name' in config:
-        with pytest.raises(_script.UsageError, match=r'kd_model_name .*python -m vitlinear run train.py'):
+        with pytest.raises(_errors.UsageError, match=r'kd_model_name .*python -m vitlinear run train.py'):
             build_parser().parse(['--config', str(path)])
         path = tmp_path / path.name
         path.write_text(yaml.safe_dump({k: v for k, v in config.items() if k not in DISTILLATION}))
@@ -126,10 +126,10 @@ def test_command_line_beats_yaml(tmp_path):
 
 def test_packaged_config_is_found_by_name(tmp_path, monkeypatch):
     (tmp_path / 'vvt_x.yaml').write_text('epochs: 3\n')
-    monkeypatch.setattr(_script, 'config_folder', lambda: tmp_path)
+    monkeypatch.setattr(_flags, 'config_folder', lambda: tmp_path)
     assert build_parser().parse(['--config', 'vvt_x']).epochs == 3
-    with pytest.raises(_script.UsageError, match='did you mean vvt_x'):
-        _script.find_config('vvt_y')
+    with pytest.raises(_errors.UsageError, match='did you mean vvt_x'):
+        _flags.find_config('vvt_y')
 
 
 @pytest.mark.parametrize('text, answer', [

@@ -9,8 +9,8 @@ import pytest
 import timm
 import torch
 
+from vitlinear.tools._flags import config_folder
 from vitlinear.tools._folders import count_macs, folder_problems
-from vitlinear.tools._script import config_folder
 from vitlinear.zoo import records as module
 from vitlinear.zoo.records import (
     RecordError,

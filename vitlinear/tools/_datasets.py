@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
 
-from ._script import UsageError, suggest
+from ._errors import UsageError, suggest
 
 _logger = logging.getLogger(__name__)
 

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..zoo.hub import sha256
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Record, RecordError, read_record
-from ._script import UsageError
+from ._errors import UsageError
 
 CARD_NAME = 'README.md'
 PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')

@@ -1,8 +1,8 @@
 """The arguments of `vitlinear train`."""
 from timm import utils
 
-from . import _script
-from ._script import natural_int, positive_int
+from . import _flags
+from ._flags import natural_int, positive_int
 
 # Destinations of the flags of timm's train.py that are left out, with timm's defaults: a YAML may hold them unchanged.
 UNSUPPORTED = {
@@ -24,12 +24,12 @@ UNSUPPORTED = {
 }
 
 
-def build_parser() -> _script.Parser:
-    parser = _script.Parser('train', UNSUPPORTED, description='Train a classifier.')
+def build_parser() -> _flags.Parser:
+    parser = _flags.Parser('train', UNSUPPORTED, description='Train a classifier.')
     parser.add_argument('-c', '--config', default='', metavar='FILE', help='YAML file, or name of a packaged config')
 
     flag = parser.add_argument_group('data').add_argument
-    _script.add_data_flags(flag)
+    _flags.add_data_flags(flag)
     flag('--train-split', default='train', metavar='NAME', help='split to train on')
     flag('--val-split', default='validation', metavar='NAME', help='split to evaluate on, none if empty')
 
@@ -40,7 +40,7 @@ def build_parser() -> _script.Parser:
     flag('--initial-checkpoint', default='', metavar='FILE', help='start from the weights in this file')
     flag('--resume', default='', metavar='FILE', help='continue the run that wrote this checkpoint')
     flag('--no-resume-opt', action='store_true', help='with --resume, start with a fresh optimizer')
-    _script.add_input_flags(flag)
+    _flags.add_input_flags(flag)
     flag('-b', '--batch-size', type=positive_int, default=128, metavar='N', help='images per step and process')
     flag('-vb', '--validation-batch-size', type=positive_int, metavar='N', help='the same for evaluation')
     flag('--grad-accum-steps', type=positive_int, default=1, metavar='N', help='steps whose gradients make one update')
@@ -53,7 +53,7 @@ def build_parser() -> _script.Parser:
          'auxiliary branch of a Castling model fades, before them it is on (without this flag it is off)')
 
     flag = parser.add_argument_group('device').add_argument
-    _script.add_device_flags(flag)
+    _flags.add_device_flags(flag)
     flag('--synchronize-step', action='store_true', help='wait for the GPU at the end of each update')
     flag('--device-modules', nargs='+', metavar='MODULE', help='modules to import first')
 
@@ -134,7 +134,7 @@ def build_parser() -> _script.Parser:
     flag('--worker-seeding', default='all', choices=('all', 'part'), help='whether workers seed numpy as well')
     flag('--log-interval', type=positive_int, default=50, metavar='N', help='updates between two lines of progress')
     flag('--checkpoint-hist', type=positive_int, default=10, metavar='N', help='numbered checkpoints to keep')
-    _script.add_loader_flags(flag)
+    _flags.add_loader_flags(flag)
     flag('--output', default='', metavar='DIR', help='folder of the runs (default: output/train)')
     flag('--experiment', default='', metavar='NAME', help='folder of this run (default: time, model, size)')
     flag('--eval-metric', default='top1', choices=('top1', 'top5', 'loss'), help='what the best checkpoint is best in')

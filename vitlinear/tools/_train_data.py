@@ -10,7 +10,7 @@ from PIL import Image, ImageOps
 from timm.data import FastCollateMixup, Mixup, create_loader
 
 from . import _datasets
-from ._script import UsageError, usage_errors
+from ._errors import UsageError, usage_errors
 
 # of timm's create_loader, named as our flags are
 _LOADER_ARGUMENTS = (

@@ -17,8 +17,9 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..models import is_ours
 from ..zoo.families import Family
 from ..zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
+from ._errors import RunError, UsageError, command, suggest, usage_errors
+from ._flags import Parser
 from ._folders import CARD_NAME
-from ._script import Parser, RunError, UsageError, command, suggest, usage_errors
 from .info import architectures, family_of, measured, numbers, percent, published, short, size_of
 
 WIDTH = 120

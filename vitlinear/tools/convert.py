@@ -28,8 +28,8 @@ from ..models._castling import SCHEDULE_ARGUMENTS
 from ..models._timm import read_weights
 from ..zoo._flax import is_flax
 from ..zoo.hub import sha256
-from . import _script
-from ._script import UsageError, suggest, usage_errors
+from . import _errors, _flags
+from ._errors import UsageError, suggest, usage_errors
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
 from .info import architectures
 
@@ -235,15 +235,15 @@ def convert(
     return export_model(made, folder, tag, cfg, merged(found, facts or {}))
 
 
-@_script.command('convert')
+@_errors.command('convert')
 def main(argv: Sequence[str] | None) -> None:
-    parser = _script.Parser('convert', {}, description='Write a checkpoint of any kind as a folder for the Hub.')
+    parser = _flags.Parser('convert', {}, description='Write a checkpoint of any kind as a folder for the Hub.')
     parser.add_argument('file', type=Path, metavar='FILE', help='checkpoint: .pth, .safetensors, msgpack of Flax')
     parser.add_argument('--model', required=True, metavar='NAME', help='architecture, or architecture.tag')
     parser.add_argument('--output', required=True, type=Path, metavar='FOLDER', help='folder to write')
     flag = parser.add_argument
     add_flags(flag)
-    flag('--input-size', nargs=3, type=_script.positive_int, metavar='N', help='channels, height and width of images')
+    flag('--input-size', nargs=3, type=_flags.positive_int, metavar='N', help='channels, height and width of images')
     flag('--mean', type=float, nargs='+', metavar='X', help='mean pixel value, per channel, images being 0 to 1')
     flag('--std', type=float, nargs='+', metavar='X', help='standard deviation of pixels, per channel')
     flag('--crop-pct', type=float, metavar='PCT', help='part of the image that the evaluation crop keeps')

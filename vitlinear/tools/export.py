@@ -31,9 +31,9 @@ from ..models._castling import SCHEDULE_ARGUMENTS
 from ..models._timm import read_weights
 from ..zoo.hub import sha256
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Cfg, Dataset, Record, record_from_dict, write_record
-from . import _script
+from . import _errors, _flags, _script
+from ._errors import UsageError, usage_errors
 from ._folders import check_target, count_macs, folder_problems, new_folder
-from ._script import UsageError, usage_errors
 from .cards import write_card
 
 __all__ = ['export_model', 'export_run']
@@ -281,9 +281,9 @@ def report(record: Record) -> None:
         f'classes, sha256 {record.sha256}')
 
 
-@_script.command('export')
+@_errors.command('export')
 def main(argv: Sequence[str] | None) -> None:
-    parser = _script.Parser('export', {}, description='Write a training run as a folder for the Hub.')
+    parser = _flags.Parser('export', {}, description='Write a training run as a folder for the Hub.')
     parser.add_argument('run', type=Path, metavar='RUN_DIR', help='output folder of vitlinear train')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write, named ARCHITECTURE.TAG')
     parser.add_argument('--best', action='store_true', help='take the best epoch, not the last: a biased choice')

@@ -23,8 +23,9 @@ from ..models import backbone_of, is_ours
 from ..zoo.families import Family
 from ..zoo.hub import hub_org
 from ..zoo.records import Record, find_record, records
+from ._errors import UsageError, command, suggest
+from ._flags import Parser
 from ._folders import CARD_NAME, count_macs
-from ._script import Parser, UsageError, command, suggest
 
 ARCHITECTURES = Path(__file__).parents[1] / 'zoo' / 'architectures.json'
 WIDTH = 80

@@ -23,9 +23,9 @@ import vitlinear
 
 from ..zoo import hub, records
 from ..zoo.records import RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, find_record, read_record
-from . import _script
+from . import _errors, _flags
+from ._errors import RunError, UsageError, suggest
 from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
-from ._script import RunError, UsageError, suggest
 from .cards import render_card, write_card
 
 __all__ = ['folder_problems', 'pull', 'push', 'repo_problems']
@@ -239,10 +239,10 @@ def _run_errors() -> Iterator[None]:
         raise RunError(f'{type(e).__name__}: {reason}') from e
 
 
-@_script.command('push')
+@_errors.command('push')
 @_run_errors()
 def main_push(argv: Sequence[str] | None) -> None:
-    parser = _script.Parser('push', {}, description='Send the folder of a checkpoint to the Hub.')
+    parser = _flags.Parser('push', {}, description='Send the folder of a checkpoint to the Hub.')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder with weights, config, record and card')
     parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub, made if there is none')
     parser.add_argument('--private', action='store_true', help='make a private repository')
@@ -252,10 +252,10 @@ def main_push(argv: Sequence[str] | None) -> None:
     push(args.folder, args.repo, args.private, args.revision, args.dry_run)
 
 
-@_script.command('pull')
+@_errors.command('pull')
 @_run_errors()
 def main_pull(argv: Sequence[str] | None) -> None:
-    parser = _script.Parser('pull', {}, description='Download the folder of a checkpoint from the Hub and check it.')
+    parser = _flags.Parser('pull', {}, description='Download the folder of a checkpoint from the Hub and check it.')
     parser.add_argument('repo', metavar='ORG/NAME', help='repository on the Hub')
     parser.add_argument('folder', type=Path, metavar='FOLDER', help='folder to write')
     parser.add_argument('--revision', metavar='REV', help='branch, tag or commit')
@@ -263,10 +263,10 @@ def main_pull(argv: Sequence[str] | None) -> None:
     pull(args.repo, args.folder, args.revision)
 
 
-@_script.command('verify')
+@_errors.command('verify')
 @_run_errors()
 def main_verify(argv: Sequence[str] | None) -> None:
-    parser = _script.Parser('verify', {}, description='Check the weights of a folder, a repository or a tag.')
+    parser = _flags.Parser('verify', {}, description='Check the weights of a folder, a repository or a tag.')
     parser.add_argument(
         'what', metavar='WHAT', help='folder, org/name or org/name@revision on the Hub, or architecture.tag')
     what = parser.parse_args(argv).what

@@ -26,17 +26,19 @@ from torch import nn
 
 import vitlinear
 
-from . import _datasets, _script
-from ._script import Progress, UsageError, positive_int, usage_errors
+from . import _datasets, _errors, _flags, _script
+from ._errors import UsageError, usage_errors
+from ._flags import positive_int
+from ._script import Progress
 
 INPUT = 'images'
 PRODUCTS = ('Conv', 'Gemm', 'MatMul')
 
 
-def build_parser() -> _script.Parser:
-    parser = _script.Parser('quantize', {}, description='Write a model as ONNX in 8-bit integers.')
+def build_parser() -> _flags.Parser:
+    parser = _flags.Parser('quantize', {}, description='Write a model as ONNX in 8-bit integers.')
     flag = parser.add_argument_group('data').add_argument
-    _script.add_data_flags(flag)
+    _flags.add_data_flags(flag)
     flag('--split', default='validation', metavar='NAME', help='split to measure on')
     flag('--calibration-split', default='train', metavar='NAME', help='split that the ranges come from')
     flag('--calibration-images', type=positive_int, default=512, metavar='N', help='images of it, at random')
@@ -45,17 +47,17 @@ def build_parser() -> _script.Parser:
     flag('-m', '--model', required=True, metavar='NAME', help='arch, arch.tag, hf-hub:org/name or local-dir:path')
     flag('--checkpoint', default='', metavar='FILE', help='use the weights in this file, not the published ones')
     flag('--use-ema', action='store_true', help='use the moving average of the weights in it, if there is one')
-    _script.add_input_flags(flag)
+    _flags.add_input_flags(flag)
     flag('--crop-mode', metavar='MODE', help='squash, border or center')
     flag('--output', required=True, type=Path, metavar='FILE', help='the model to write; ends in .onnx')
     flag('--reduce-range', action='store_true', help='weights of 7 bits, for x86 processors without VNNI')
 
     flag = parser.add_argument_group('run').add_argument
-    _script.add_loader_flags(flag)
+    _flags.add_loader_flags(flag)
     flag('-b', '--batch-size', type=positive_int, default=100, metavar='N', help='images per step')
     flag('--threads', type=positive_int, default=torch.get_num_threads(), metavar='N', help='threads')
     flag('--rounds', type=positive_int, default=20, metavar='N', help='timed passes of one image')
-    flag('--seed', type=_script.natural_int, default=42, metavar='N', help='seed')
+    flag('--seed', type=_flags.natural_int, default=42, metavar='N', help='seed')
     flag('--log-freq', type=positive_int, default=10, metavar='N', help='batches between two lines of progress')
     parser.set_defaults(device='cpu', amp=False)
     return parser
@@ -265,7 +267,7 @@ def report(results: Mapping[str, Any]) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return _script.run_script('quantize', lambda: quantize(build_parser().parse(argv)))
+    return _errors.run_script('quantize', lambda: quantize(build_parser().parse(argv)))
 
 
 if __name__ == '__main__':

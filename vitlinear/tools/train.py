@@ -37,8 +37,9 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 import vitlinear  # noqa: F401  registers the models
 
 from ..models import CastlingSchedule
-from . import _script
-from ._script import Progress, RunError, UsageError, clock, usage_errors
+from . import _errors, _script
+from ._errors import RunError, UsageError, usage_errors
+from ._script import Progress, clock
 from ._train_args import build_parser
 from ._train_data import make_loaders
 
@@ -445,7 +446,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return _script.run_script('train', lambda: train(build_parser().parse(argv)))
+    return _errors.run_script('train', lambda: train(build_parser().parse(argv)))
 
 
 if __name__ == '__main__':

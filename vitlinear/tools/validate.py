@@ -18,8 +18,10 @@ import torch
 
 import vitlinear  # noqa: F401  registers the models
 
-from . import _datasets, _script
-from ._script import Progress, positive_int, usage_errors
+from . import _datasets, _errors, _flags, _script
+from ._errors import usage_errors
+from ._flags import positive_int
+from ._script import Progress
 
 # Destinations of the flags of timm's validate.py that are left out, with timm's defaults.
 UNSUPPORTED = {
@@ -30,10 +32,10 @@ UNSUPPORTED = {
 }
 
 
-def build_parser() -> _script.Parser:
-    parser = _script.Parser('validate', UNSUPPORTED, description='Measure a model on a validation set.')
+def build_parser() -> _flags.Parser:
+    parser = _flags.Parser('validate', UNSUPPORTED, description='Measure a model on a validation set.')
     flag = parser.add_argument_group('data').add_argument
-    _script.add_data_flags(flag)
+    _flags.add_data_flags(flag)
     flag('--split', default='validation', metavar='NAME', help='split to measure on')
 
     flag = parser.add_argument_group('model').add_argument
@@ -41,16 +43,16 @@ def build_parser() -> _script.Parser:
     flag('--pretrained', action='store_true', help='use the published weights (so without --checkpoint)')
     flag('--checkpoint', default='', metavar='FILE', help='use the weights in this file')
     flag('--use-ema', action='store_true', help='use the moving average of the weights in it, if there is one')
-    _script.add_input_flags(flag)
+    _flags.add_input_flags(flag)
     flag('--crop-mode', metavar='MODE', help='squash, border or center')
     flag('-b', '--batch-size', type=positive_int, default=256, metavar='N', help='images per step')
 
     flag = parser.add_argument_group('device').add_argument
-    _script.add_device_flags(flag)
+    _flags.add_device_flags(flag)
 
     flag = parser.add_argument_group('run').add_argument
-    _script.add_loader_flags(flag)
-    flag('--seed', type=_script.natural_int, default=42, metavar='N', help='seed')
+    _flags.add_loader_flags(flag)
+    flag('--seed', type=_flags.natural_int, default=42, metavar='N', help='seed')
     flag('--log-freq', type=positive_int, default=10, metavar='N', help='batches between two lines of progress')
     flag('--results-file', default='', metavar='FILE', help='write the result to this file too')
     flag('--results-format', default='csv', choices=('csv', 'json'), help='format of that file')
@@ -109,7 +111,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    return _script.run_script('validate', lambda: validate(build_parser().parse(argv)))
+    return _errors.run_script('validate', lambda: validate(build_parser().parse(argv)))
 
 
 if __name__ == '__main__':

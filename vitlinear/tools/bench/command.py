@@ -38,8 +38,9 @@ from tqdm import tqdm
 import vitlinear
 
 from ...inference.optimize import STEPS
-from .. import _script
-from .._script import Parser, RunError, UsageError, positive_int, run_script, suggest
+from .. import _errors, _script
+from .._errors import RunError, UsageError, run_script, suggest
+from .._flags import Parser, positive_int
 from . import plot, profile
 from .report import report
 from .rows import POINT, Row, Table, describe, load, read_rows
@@ -136,7 +137,7 @@ def find_models(names: Sequence[str]) -> list[str]:
         elif not timm.is_model(name.partition('.')[0]):
             raise UsageError(f'unknown model {name}{suggest(name, known)}')
         else:
-            with _script.usage_errors(f'model {name}'):
+            with _errors.usage_errors(f'model {name}'):
                 timm.get_pretrained_cfg(name, allow_unregistered=False)
             found.append(name)
     return list(dict.fromkeys(found))

@@ -13,7 +13,7 @@ from typing import Any
 
 from ...zoo.records import whole_file
 from .. import info
-from .._script import UsageError
+from .._errors import UsageError
 from .rows import Row
 
 # What each format says of when and by what it was made, left out so that equal rows make equal files.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...zoo.records import csv_text, write_text
-from .._script import UsageError
+from .._errors import UsageError
 
 Row = dict[str, Any]
 
