@@ -26,6 +26,7 @@ from timm.models._pretrained import PretrainedCfg
 from torch import nn
 
 from ..zoo._flax import is_flax, read_flax
+from ..zoo.files import check_archive
 from ..zoo.hub import (
     HubError,
     check_file,
@@ -37,6 +38,7 @@ from ..zoo.hub import (
     weights_repo,
 )
 from ..zoo.records import WEIGHTS_NAME, find_record
+from ._weights import check_size
 
 __all__ = [
     'base_cfg',
@@ -66,8 +68,10 @@ def read_weights(path: str | os.PathLike, use_ema: bool = True) -> dict[str, Any
     """
     if not os.path.isfile(path):
         raise FileNotFoundError(f"No checkpoint file at '{path}'.")
-    if not str(path).endswith('.safetensors') and is_flax(path):
-        return read_flax(path)
+    if not str(path).endswith('.safetensors'):
+        if is_flax(path):
+            return read_flax(path)
+        check_archive(path)
     try:
         # timm loads with weights_only=True and lets argparse.Namespace, a plain bag of options, through
         state_dict = load_state_dict(str(path), use_ema=use_ema)
@@ -183,6 +187,8 @@ def build_model(
         feature_cfg['out_indices'] = kwargs.pop('out_indices')
     overlay = dict(pretrained_cfg_overlay or {})
     source = path = None
+    if kwargs and resolve_pretrained_cfg(variant, pretrained_cfg, overlay).source in ('local-dir', 'hf-hub'):
+        check_size(variant, kwargs)  # which a file may have given
     if pretrained:
         path, located = _locate(variant, pretrained_cfg, overlay, kwargs.get('cache_dir'))
         overlay.update({k: v for k, v in located.items() if overlay.get(k) is None})

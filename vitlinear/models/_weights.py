@@ -1,9 +1,11 @@
 """What the checkpoint filters of all families do: unwrap a file's containers and see whether it fits the model."""
 import logging
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from typing import Any
 
+import timm
 import torch
 from torch import nn
 
@@ -36,6 +38,41 @@ def last_blocks(keys: Iterable[str], pattern: str = r'(?:stages\.(\d+)\.)?blocks
         stage, block = int(m[1] or 0), int(m[2])
         last[stage] = max(last.get(stage, block), block)
     return dict(sorted(last.items()))
+
+
+def check_size(architecture: str, arguments: Mapping[str, Any]) -> None:
+    """Refuse arguments out of a file that make a model of another order of size than the architecture's own.
+
+    Building one of a hundred thousand blocks takes minutes and gigabytes, whatever its weights say.
+
+    Args:
+        architecture: Name that timm knows.
+        arguments: For its constructor.
+
+    Raises:
+        ValueError: The model would have more than 16 times the blocks, or 256 times the numbers, of the registered one.
+    """
+    blocks, numbers = _registered_size(architecture)
+    for name in ('depths', 'depth'):
+        values = arguments.get(name, ())
+        values = values if isinstance(values, (list, tuple)) else [values]
+        if sum(n for n in values if isinstance(n, (int, float))) > 16 * blocks:
+            raise ValueError(f'{name}={values} makes more than 16 times the {blocks} blocks of {architecture}.')
+    made = _numbers(timm.create_model(architecture, **{**arguments, 'device': 'meta'}))
+    if made > 256 * numbers:
+        raise ValueError(
+            f'The arguments make a model of {made:,} numbers, more than 256 times the {numbers:,} of {architecture}.')
+
+
+@lru_cache
+def _registered_size(architecture: str) -> tuple[int, int]:
+    """Blocks and numbers of an architecture without arguments."""
+    model = timm.create_model(architecture, device='meta')
+    return sum(1 + n for n in last_blocks(model.state_dict()).values()) or 64, _numbers(model)
+
+
+def _numbers(model: nn.Module) -> int:
+    return sum(x.numel() for x in (*model.parameters(), *model.buffers()))
 
 
 def fit(

@@ -15,9 +15,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from ..models._weights import check_size
 from ..zoo.hub import sha256
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Record, RecordError, read_record
-from ._errors import UsageError
+from ._errors import UsageError, first_line
 
 CARD_NAME = 'README.md'
 PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')
@@ -85,15 +86,16 @@ def folder_files(folder: Path) -> dict[str, Path]:
     return {name: p for name, p in found.items() if not any(part.startswith('.') for part in name.split('/'))}
 
 
-def folder_problems(folder: str | Path, need_record: bool = True) -> list[str]:
+def folder_problems(folder: str | Path, need_record: bool = True, finite: bool = True) -> list[str]:
     """What is wrong with the folder of a checkpoint, as phrases; nothing if the list is empty.
 
     Checked are the hash and size that the record gives, the agreement of record, config and card, that the weights fit
-    the architecture in names and shapes, and that no file can run code.
+    the architecture in names and shapes and are finite, and that no file can run code.
 
     Args:
         folder: The folder.
         need_record: Whether a missing record is a problem.
+        finite: Whether NaN and Inf among the weights are.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -102,9 +104,9 @@ def folder_problems(folder: str | Path, need_record: bool = True) -> list[str]:
         f'{name} is or may be a pickle, which can run code when loaded: only safetensors files are published'
         for name, path in folder_files(folder).items() if is_pickle(path)]
     config = _read_config(folder, problems)
-    shapes = _read_shapes(folder, problems)
+    shapes = _read_shapes(folder, problems, finite)
     if config and shapes:
-        problems += _misfits(folder, shapes)
+        problems += _misfits(folder, config, shapes)
     try:
         record = read_record(folder)
     except FileNotFoundError:
@@ -149,24 +151,35 @@ def _read_config(folder: Path, problems: list[str]) -> dict[str, Any]:
     return {}
 
 
-def _read_shapes(folder: Path, problems: list[str]) -> dict[str, tuple[int, ...]]:
+def _read_shapes(folder: Path, problems: list[str], finite: bool) -> dict[str, tuple[int, ...]]:
     path = folder / WEIGHTS_NAME
     if not path.is_file():
         problems.append(f'{WEIGHTS_NAME} is missing')
         return {}
+    shapes, wrong = {}, []
     try:
         with safe_open(path, 'pt') as f:
-            return {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            for k in f.keys():
+                x = f.get_tensor(k)
+                shapes[k] = tuple(x.shape)
+                if finite and not x.isfinite().all():
+                    wrong.append(k)
     except (OSError, SafetensorError) as e:
         problems.append(f'{WEIGHTS_NAME} is no readable safetensors file ({e})')
         return {}
+    if wrong:
+        problems.append(
+            f'{WEIGHTS_NAME} holds NaN or Inf in {len(wrong)} weights, {wrong[0]} among them (--allow-non-finite lets '
+            f'them through)')
+    return shapes
 
 
-def _misfits(folder: Path, shapes: dict[str, tuple[int, ...]]) -> list[str]:
+def _misfits(folder: Path, config: dict[str, Any], shapes: dict[str, tuple[int, ...]]) -> list[str]:
     try:
+        check_size(config['architecture'], config.get('model_args') or {})
         model = timm.create_model(f'local-dir:{folder}', pretrained=False, device='meta')
     except Exception as e:
-        return [f'config.json makes no model ({str(e).splitlines()[0]})']
+        return [f'config.json makes no model ({first_line(e)})']
     own = {k: tuple(v.shape) for k, v in model.state_dict().items()}
     wrong = sorted(k for k in {*own, *shapes} if own.get(k) != shapes.get(k))
     if not wrong:

@@ -18,7 +18,9 @@ from timm.models import load_checkpoint
 from timm.task import ClassificationEvaluator, evaluation_sample_limit
 from tqdm import tqdm
 
-from ..models import BACKBONES
+from ..models import BACKBONES, is_ours
+from ..models._timm import read_weights
+from ..zoo.files import check_archive
 from ._errors import UsageError, suggest, usage_errors
 
 
@@ -67,18 +69,29 @@ def load_weights(model: nn.Module, path: str, use_ema: bool = True, new_head: bo
     """
     backbone = BACKBONES.get(type(model).__module__.rpartition('.')[2])
     if backbone is None or not type(model).__module__.startswith('vitlinear.'):
+        if not path.endswith(('.safetensors', '.npz', '.npy')):
+            check_archive(path)
         load_checkpoint(model, path, use_ema)
         return
+    own = model.state_dict()
+    state_dict = backbone.checkpoint_filter_fn(read_weights(path, use_ema), model)
+    kept = [k for k, v in state_dict.items() if k in own and v.data_ptr() == own[k].data_ptr()]
+    if kept and not new_head:
+        raise UsageError(f'{path} has a head for other than {model.num_classes} classes: give --num-classes')
+    model.load_state_dict(state_dict)
 
-    def filter_fn(state_dict: dict[str, torch.Tensor], model: nn.Module) -> dict[str, torch.Tensor]:
-        own = model.state_dict()
-        state_dict = backbone.checkpoint_filter_fn(state_dict, model)
-        kept = [k for k, v in state_dict.items() if k in own and v.data_ptr() == own[k].data_ptr()]
-        if kept and not new_head:
-            raise UsageError(f'{path} has a head for other than {model.num_classes} classes: give --num-classes')
-        return state_dict
 
-    load_checkpoint(model, path, use_ema, filter_fn=filter_fn)
+def classes_of_file(args: argparse.Namespace) -> int | None:
+    """For how many classes the classifier of args.pretrained_path counts; where it is for others, timm drops it.
+
+    Our own models fit it themselves, whatever its names.
+    """
+    architecture = args.model.partition('.')[0]
+    if is_ours(architecture):
+        return args.num_classes
+    names = timm.get_pretrained_cfg(architecture).classifier or ()
+    bias = read_weights(args.pretrained_path).get(f'{names if isinstance(names, str) else names[0]}.bias')
+    return -1 if bias is None else len(bias)
 
 
 def create_evaluated_model(args: argparse.Namespace, pretrained: bool = False) -> nn.Module:
@@ -99,13 +112,13 @@ def create_evaluated_model(args: argparse.Namespace, pretrained: bool = False) -
 
 
 def data_config_for(model: nn.Module, args: argparse.Namespace, use_test_size: bool = False) -> dict[str, Any]:
+    """How images are to be prepared: as `args` say, else as the model's cfg says; means and deviations per channel."""
     channels = args.input_size[0] if args.input_size else args.in_chans or getattr(model, 'in_chans', 3)
     for name in ('mean', 'std'):
         if len(getattr(args, name) or [0]) not in (1, channels):
             raise UsageError(f'--{name} takes one number or one for each of the {channels} channels')
-    config = resolve_data_config(vars(args), model=model, use_test_size=use_test_size)
-    if args.in_chans and not args.input_size:
-        config['input_size'] = (args.in_chans, *config['input_size'][1:])
+    config = resolve_data_config({**vars(args), 'in_chans': channels}, model=model, use_test_size=use_test_size)
+    config['input_size'] = (channels, *config['input_size'][1:])
     return config
 
 

@@ -139,8 +139,9 @@ def _shapes(record: Record) -> dict:
     images = torch.empty(1, *record.cfg.input_size, device='meta')
     kwargs = dict(in_chans=record.cfg.input_size[0], device='meta')
     with torch.no_grad():
-        features = timm.create_model(name, features_only=True, **kwargs).eval()(images)
-        model = timm.create_model(name, num_classes=0, **kwargs).eval()
+        with usage_errors(f'{name} makes no model'):
+            features = timm.create_model(name, features_only=True, **kwargs).eval()(images)
+            model = timm.create_model(name, num_classes=0, **kwargs).eval()
         unpooled = model.forward_features(images)
         pooled = model.forward_head(unpooled, pre_logits=True)
     return dict(

@@ -156,6 +156,7 @@ def convert(
         use_ema: bool | None = None,
         labels: Sequence[str] | None = None,
         facts: dict[str, Any] | None = None,
+        finite: bool = True,
         **settings: Any,
 ) -> Any:
     """Write a checkpoint as a folder for the Hub.
@@ -168,6 +169,7 @@ def convert(
         use_ema: Take the moving average, or not; if it is there where not said.
         labels: Names of the classes.
         facts: Fields of the record.
+        finite: Refuse NaN and Inf among the weights.
         settings: input_size, mean, std, crop_pct, interpolation and model_kwargs as `vitlinear train` takes them.
 
     Returns:
@@ -232,7 +234,7 @@ def convert(
         found['limits'] = (
             'A start for training: the weights are those of a backbone with softmax attention, and what it has not '
             'is as initialised.')
-    return export_model(made, folder, tag, cfg, merged(found, facts or {}))
+    return export_model(made, folder, tag, cfg, merged(found, facts or {}), finite=finite)
 
 
 @_errors.command('convert')
@@ -253,4 +255,4 @@ def main(argv: Sequence[str] | None) -> None:
     names = 'input_size', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs'
     report(convert(
         args.file, args.model, args.output, args.tag, args.ema, args.labels, read_facts(args.facts),
-        **{name: getattr(args, name) for name in names}))
+        not args.allow_non_finite, **{name: getattr(args, name) for name in names}))

@@ -91,6 +91,7 @@ def export_model(
         cfg: Cfg,
         facts: dict[str, Any],
         files: Sequence[Path] = (),
+        finite: bool = True,
 ) -> Record:
     """Write a model as a folder that timm and transformers load, with its record and card, whole or not at all.
 
@@ -101,6 +102,7 @@ def export_model(
         cfg: Input and classes.
         facts: Fields of the record beside those that follow from the model.
         files: Further files for the folder.
+        finite: Refuse NaN and Inf among the weights.
     """
     check_target(folder)
     architecture = model.pretrained_cfg['architecture']
@@ -137,7 +139,7 @@ def export_model(
             record = record_from_dict(data, new)
             write_record(record, new)
         write_card(new)
-        problems = folder_problems(new)
+        problems = folder_problems(new, finite=finite)
         if problems:
             raise UsageError(f'{folder} was not written: {"; ".join(problems)}')
     return replace(record, folder=folder)
@@ -166,7 +168,7 @@ def data_cfg(model: nn.Module, args: argparse.Namespace, labels: Sequence[str] |
     if labels and len(labels) != model.num_classes:
         raise UsageError(f'--labels: {len(labels)} names for {model.num_classes} classes')
     for name in ('mean', 'std'):
-        config[name] = tuple(map(float, config[name])) * (channels if len(config[name]) == 1 else 1)
+        config[name] = tuple(map(float, config[name]))
         if len(config[name]) != channels:
             raise UsageError(
                 f'--{name} is needed: {len(config[name])} numbers are known, the model takes {channels} channels')
@@ -205,6 +207,7 @@ def export_run(
         use_ema: bool | None = None,
         labels: Sequence[str] | None = None,
         facts: dict[str, Any] | None = None,
+        finite: bool = True,
 ) -> Record:
     """Write the checkpoint of a run of `vitlinear train` as a folder for the Hub.
 
@@ -216,6 +219,7 @@ def export_run(
         use_ema: Take the moving average, or not; if it is there where not said.
         labels: Names of the classes; torchvision's where it knows them.
         facts: Fields of the record.
+        finite: Refuse NaN and Inf among the weights.
     """
     settings, path = run / 'args.yaml', run / ('model_best.pth.tar' if best else 'last.pth.tar')
     for file in (settings, path):
@@ -264,7 +268,7 @@ def export_run(
     )
     files = [run / name for name in _RUN_FILES if (run / name).is_file()]
     cfg = data_cfg(model, args, labels or _LABELS.get(args.dataset.lower()))
-    return export_model(model, folder, tag, cfg, merged(found, facts or {}), files)
+    return export_model(model, folder, tag, cfg, merged(found, facts or {}), files, finite)
 
 
 def add_flags(flag: Any) -> None:
@@ -272,6 +276,7 @@ def add_flags(flag: Any) -> None:
     flag('--tag', metavar='TAG', help='tag of the weights (default: from the name of the folder, ARCHITECTURE.TAG)')
     flag('--ema', action=argparse.BooleanOptionalAction, help='take the moving average (default: if there is one)')
     flag('--labels', nargs='+', metavar='NAME', help='names of the classes, in order')
+    flag('--allow-non-finite', action='store_true', help='take weights with NaN or Inf too')
     flag('--facts', type=Path, metavar='FILE', help=f'YAML file with further fields of {RECORD_NAME}')
 
 
@@ -289,4 +294,6 @@ def main(argv: Sequence[str] | None) -> None:
     parser.add_argument('--best', action='store_true', help='take the best epoch, not the last: a biased choice')
     add_flags(parser.add_argument)
     args = parser.parse_args(argv)
-    report(export_run(args.run, args.folder, args.tag, args.best, args.ema, args.labels, read_facts(args.facts)))
+    report(export_run(
+        args.run, args.folder, args.tag, args.best, args.ema, args.labels, read_facts(args.facts),
+        not args.allow_non_finite))

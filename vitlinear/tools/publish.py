@@ -24,7 +24,7 @@ import vitlinear
 from ..zoo import hub, records
 from ..zoo.records import RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, find_record, read_record
 from . import _errors, _flags
-from ._errors import RunError, UsageError, suggest
+from ._errors import RunError, UsageError, first_line, suggest
 from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
 from .cards import render_card, write_card
 
@@ -42,6 +42,7 @@ def push(
         private: bool = False,
         revision: str | None = None,
         dry_run: bool = False,
+        finite: bool = True,
 ) -> str | None:
     """Send the folder of a checkpoint to the Hub: what is new or changed there, and nothing else.
 
@@ -53,13 +54,14 @@ def push(
         private: Make it a private one.
         revision: Branch, made if there is none.
         dry_run: Only list what would be sent.
+        finite: Refuse NaN and Inf among the weights.
 
     Returns:
         The commit that holds the files, None for a dry run.
     """
     folder = Path(folder)
     _check_repo_id(repo_id)
-    problems = folder_problems(folder)
+    problems = folder_problems(folder, finite=finite)
     if problems:
         raise UsageError(f'{folder} is not fit to be published: {"; ".join(problems)}')
     record = read_record(folder)
@@ -189,7 +191,7 @@ def pull(repo_id: str, folder: str | Path, revision: str | None = None) -> Path:
         for name, path in files.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, new / name)
-        problems = folder_problems(new, need_record=False)
+        problems = folder_problems(new, need_record=False, finite=False)
         if problems:
             raise RunError(f"'{repo_id}' was not taken: {'; '.join(problems)}")
         if RECORD_NAME in files:
@@ -235,8 +237,7 @@ def _run_errors() -> Iterator[None]:
     except hub.HubError as e:
         raise RunError(str(e)) from e
     except Exception as e:
-        reason = next((line.strip() for line in str(e).splitlines() if line.strip()), '')
-        raise RunError(f'{type(e).__name__}: {reason}') from e
+        raise RunError(f'{type(e).__name__}: {first_line(e)}') from e
 
 
 @_errors.command('push')
@@ -248,8 +249,9 @@ def main_push(argv: Sequence[str] | None) -> None:
     parser.add_argument('--private', action='store_true', help='make a private repository')
     parser.add_argument('--revision', metavar='BRANCH', help='branch to push to, made if there is none')
     parser.add_argument('--dry-run', action='store_true', help='list what would be sent, send nothing')
+    parser.add_argument('--allow-non-finite', action='store_true', help='send weights with NaN or Inf too')
     args = parser.parse_args(argv)
-    push(args.folder, args.repo, args.private, args.revision, args.dry_run)
+    push(args.folder, args.repo, args.private, args.revision, args.dry_run, not args.allow_non_finite)
 
 
 @_errors.command('pull')

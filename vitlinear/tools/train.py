@@ -18,7 +18,6 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -36,9 +35,10 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 import vitlinear  # noqa: F401  registers the models
 
 from ..models import CastlingSchedule
+from ..zoo.records import write_text
 from . import _errors, _script
-from ._errors import RunError, UsageError, usage_errors
-from ._resume import Saver, changed_arguments, read_resume
+from ._errors import RunError, UsageError, first_line, ignore_workers, outside_problem, usage_errors
+from ._resume import Saver, changed_arguments, read_resume, trim_summary
 from ._script import Progress, clock
 from ._train_args import build_parser
 from ._train_data import make_loaders
@@ -53,10 +53,14 @@ def make_model(args: argparse.Namespace) -> nn.Module:
     for path in (args.pretrained_path, args.initial_checkpoint):
         if path and not os.path.isfile(path):
             raise UsageError(f'checkpoint {path} does not exist')
-    weights = {'file': args.pretrained_path, 'num_classes': -1} if args.pretrained_path else None  # -1: adapt the head
+    weights = None
+    if args.pretrained_path:
+        with usage_errors(f'--pretrained-path {args.pretrained_path}'):
+            classes = _script.classes_of_file(args)
+        weights = {'file': args.pretrained_path, **({} if classes is None else {'num_classes': classes})}
     model = _script.create_model(
         args,
-        pretrained=args.pretrained,
+        pretrained=args.pretrained or weights is not None,
         drop_rate=args.drop,
         drop_path_rate=args.drop_path,
         pretrained_cfg_overlay=weights,
@@ -111,7 +115,7 @@ def make_output(args: argparse.Namespace, args_text: str, size: int) -> str:
             raise UsageError(f'{folder} holds another run than the one to resume: give another --experiment')
     with usage_errors(f'output folder {folder}'):
         os.makedirs(folder, exist_ok=True)
-        Path(folder, 'args.yaml').write_text(args_text)
+        write_text(os.path.join(folder, 'args.yaml'), args_text)
     return folder
 
 
@@ -242,7 +246,8 @@ def train(args: argparse.Namespace) -> None:
             device='cpu' if args.model_ema_force_cpu else None,
         )
         if args.resume:
-            load_task_ema_checkpoint(task, args.resume)
+            with usage_errors(f'--resume {args.resume}: its moving average'):
+                load_task_ema_checkpoint(task, args.resume)
     with usage_errors(f'schedule {args.sched}'):
         scheduler, num_epochs = create_scheduler_v2(
             optimizer,
@@ -250,6 +255,8 @@ def train(args: argparse.Namespace) -> None:
             updates_per_epoch=updates,
         )
     start_epoch = args.start_epoch if args.start_epoch is not None else resume_epoch or 0
+    if start_epoch > num_epochs:
+        raise UsageError(f'the run has {num_epochs} epochs, and is to start with number {start_epoch}: give --epochs')
     castling = None
     if args.castling_ramp:
         with usage_errors(f'--castling-ramp {" ".join(map(str, args.castling_ramp))}'):
@@ -274,7 +281,7 @@ def train(args: argparse.Namespace) -> None:
         )
         if args.resume:
             saver.resume(args.resume, resumed.get('saver'))
-        utils.trim_summary(summary, start_epoch)
+        trim_summary(summary, start_epoch)
         size = 'x'.join(str(n) for n in data_config['input_size'])
         print(
             f'{args.model}: {sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters, {size} images, '
@@ -290,9 +297,11 @@ def train(args: argparse.Namespace) -> None:
     if args.distributed:
         task.prepare_distributed(device_ids=None if device.type == 'cpu' else [device])
 
-    start = time.monotonic()
+    start, updated = time.monotonic(), False
 
     def time_left(done: int) -> str:
+        nonlocal updated
+        updated = True
         first, total = start_epoch * updates, num_epochs * updates
         return clock((time.monotonic() - start) / max(1, done - first) * (total - done))
 
@@ -339,14 +348,22 @@ def train(args: argparse.Namespace) -> None:
                 print(f'{text}, {time.monotonic() - epoch_start:.1f} s', flush=True)
             if scheduler is not None:
                 scheduler.step(epoch + 1, metric)
-    except (KeyboardInterrupt, RunError) as e:
+    except (KeyboardInterrupt, Exception) as e:
+        ignore_workers()
+        problem = outside_problem(e)
+        if problem is not None:
+            e = RunError(problem)
+        elif not isinstance(e, (KeyboardInterrupt, RunError)):
+            if args.resume and not updated:
+                raise UsageError(f'--resume {args.resume}: the first update with it fails: {first_line(e)}') from e
+            raise
         last = os.path.join(folder, 'last.pth.tar')
         if primary:
             hint = f'--output {args.output or "./output/train"} --experiment {os.path.basename(folder)} --resume {last}'
             told = f'continue with {hint}' if os.path.exists(last) else 'no checkpoint was written yet'
             kept = f'the last checkpoint is {last}' if os.path.exists(last) else told
             e.args = (f'Stopped in epoch {epoch}; {told}' if isinstance(e, KeyboardInterrupt) else f'{e}; {kept}',)
-        raise
+        raise e
     if primary and saver.best_metric is not None:
         percent = '' if metric_name == 'loss' else ' %'
         name = {'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss'}[metric_name]
