@@ -73,7 +73,7 @@ def learned_betas(folder: Path, data_dir: str) -> dict[str, str]:
 
 def switch(folder: Path, data_dir: str) -> dict[str, str]:
     """Accuracy before and after the switch to inference."""
-    args = argparse.Namespace(**yaml.safe_load((folder / 'args.yaml').read_text()))
+    args = argparse.Namespace(**{'max_unreadable': 0., **yaml.safe_load((folder / 'args.yaml').read_text())})
     args.data_dir, args.batch_size, args.workers, args.no_prefetcher = data_dir, 500, 0, True
     # the end of the ramp, which is not in the state dict: thresholds of 1
     args.model_kwargs = dict(attn_kwargs=dict(aux_mode='always', aux_threshold=1.))

@@ -9,7 +9,6 @@ from PIL import Image
 
 from _data import cifar100, fashion_mnist, image_folder
 from _golden import to_authors
-from vitlinear.tools import _datasets
 from vitlinear.tools.validate import UNSUPPORTED, build_parser, main, validate
 
 COMMON = ['--device', 'cpu', '-j', '0', '-b', '8']
@@ -151,15 +150,3 @@ def test_wrong_number_of_classes(data, tmp_path, capsys):
 def test_no_flag_is_both_supported_and_refused():
     dests = {a.dest for a in build_parser()._actions}
     assert not dests & set(UNSUPPORTED)
-
-
-def test_unreadable_image_is_named_and_skipped(tmp_path, caplog):
-    root = image_folder(tmp_path, splits=('validation',))
-    bad = root / 'validation' / 'class1' / '2.png'
-    bad.write_bytes(bad.read_bytes()[:200])
-    args = build_parser().parse([*TINY, *COMMON, '--data-dir', str(root)])
-    dataset = _datasets.open_dataset(args, 'validation', 3)
-    index = next(i for i in range(len(dataset)) if dataset.reader.filename(i, absolute=True) == str(bad))
-    image, target = dataset[index]
-    assert image.size == (32, 32) and target == 1
-    assert str(bad) in caplog.text

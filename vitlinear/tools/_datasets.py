@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 from timm.data import ImageDataset, create_dataset, create_loader
 
-from ._errors import UsageError, suggest
+from ._errors import RunError, UsageError, suggest
 
 _logger = logging.getLogger(__name__)
 
@@ -20,22 +20,64 @@ _SPLIT_FOLDERS = {'train', 'training', 'val', 'valid', 'validation', 'eval', 'ev
 
 
 class FolderDataset(ImageDataset):
-    """timm's dataset of image files, naming the files it cannot read."""
+    """timm's dataset of image files, going on without those that cannot be read, and naming them.
 
-    def __init__(self, dataset: ImageDataset) -> None:
+    In training the next file takes the place of one that cannot be read. In evaluation nothing does: its target is -1,
+    for `_script.evaluate` to leave out.
+    """
+
+    def __init__(self, dataset: ImageDataset, is_training: bool, max_unreadable: float) -> None:
         super().__init__(dataset.reader.root, reader=dataset.reader, input_img_mode=dataset.input_img_mode)
+        self.is_training, self.max_unreadable = is_training, max_unreadable
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()  # by all processes that load
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        for attempt in range(self._max_retries):
-            at = (index + attempt) % len(self)
-            try:
-                file, target = self.reader[at]
-                with file:
-                    image = Image.open(file).convert(self.input_img_mode)
-                return self.transform(image) if self.transform else image, target
-            except (OSError, SyntaxError, ValueError) as e:  # what PIL raises on damaged files
-                _logger.warning(f'skipped {self.reader.filename(at, absolute=True)}, not a readable image: {e}')
-        raise RuntimeError(f'{self._max_retries} unreadable images in a row')
+        image = self._read(index)
+        while image is None:
+            if not self.is_training:
+                blank = Image.new(self.input_img_mode, (32, 32))
+                return self.transform(blank) if self.transform else blank, -1
+            self.check_readable()
+            index = (index + 1) % len(self)
+            image = self._read(index)
+        return self.transform(image) if self.transform else image, self.reader.samples[index][1]
+
+    def _read(self, index: int) -> Image.Image | None:
+        path = self.reader.samples[index][0]
+        try:
+            if not os.path.isfile(path):  # a pipe would be waited for without end
+                raise OSError('no regular file')
+            with open(path, 'rb') as file:
+                image = Image.open(file)
+                image.load()
+                return image if image.mode == self.input_img_mode else image.convert(self.input_img_mode)
+        except MemoryError:
+            raise
+        except Exception as e:  # decoders raise whatever they stumble over
+            if not self.unreadable[index]:
+                _logger.warning(f'skipped {path}, not a readable image: {e}')
+            self.unreadable[index] = True
+            return None
+
+    def check_readable(self) -> None:
+        """Raise RunError, with a list, where more than the allowed share of the files could not be read."""
+        found = self.unreadable.nonzero().flatten().tolist()
+        if len(found) > len(self) * self.max_unreadable:
+            names = [self.reader.samples[i][0] for i in found]
+            raise RunError(
+                f'{len(found)} of {len(self)} images could not be read, more than --max-unreadable allows: '
+                + ', '.join(names[:20]) + (', ...' if len(names) > 20 else ''))
+
+
+def check_readable(dataset: torch.utils.data.Dataset) -> None:
+    """As `FolderDataset.check_readable`; nothing for other datasets."""
+    if isinstance(dataset, FolderDataset):
+        dataset.check_readable()
+
+
+def left_out(dataset: torch.utils.data.Dataset) -> int:
+    """How many images could not be read so far."""
+    return int(dataset.unreadable.sum()) if isinstance(dataset, FolderDataset) else 0
 
 
 def open_dataset(
@@ -97,7 +139,7 @@ def open_dataset(
             for entry in sorted(os.scandir(folder), key=lambda e: e.name):
                 if entry.is_dir() and not entry.name.startswith('.') and entry.name not in filled:
                     raise UsageError(f'class folder {entry.path} holds no images')
-        dataset = FolderDataset(dataset)
+        dataset = FolderDataset(dataset, is_training, args.max_unreadable)
     elif prefix == 'torch':
         found = len(dataset[0][0].getbands())
         if found != channels:

@@ -24,6 +24,16 @@ def _integer(value: str, at_least: int) -> int:
     return number
 
 
+def _share(value: str) -> float:
+    try:
+        share = float(value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f'expected a number, not {value!r}') from None
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f'must be between 0 and 1, not {value}')
+    return share
+
+
 natural_int = partial(_integer, at_least=0)
 positive_int = partial(_integer, at_least=1)
 
@@ -159,6 +169,7 @@ def add_data_flags(flag: Callable) -> None:
     flag('--class-map', default='', metavar='FILE', help='file that maps class names to indices')
     flag('--input-img-mode', metavar='MODE', help='PIL mode of the images (default: by number of channels)')
     flag('--input-key', metavar='KEY', help='key of the images in the dataset')
+    flag('--max-unreadable', type=_share, default=.1, metavar='SHARE', help='share of image files to go on without')
     flag('--target-key', metavar='KEY', help='key of the labels in the dataset')
 
 

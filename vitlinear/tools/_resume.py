@@ -17,7 +17,7 @@ from ._errors import UsageError, usage_errors
 # Arguments that may differ between a run and its continuation without changing what is computed.
 _NOT_COMPUTED = {'resume', 'output', 'experiment', 'log_interval', 'checkpoint_hist', 'device_modules', 'pin_mem',
                  'data', 'data_dir', 'dataset_download', 'start_epoch', 'validation_batch_size', 'synchronize_step',
-                 'rank', 'local_rank', 'no_resume_opt'}
+                 'rank', 'local_rank', 'no_resume_opt', 'max_unreadable'}
 
 
 _LEFT_OVER = re.compile(r'tmp\.pth\.tar|(checkpoint-[0-9]+|model_best)\.pth\.tar\.new')

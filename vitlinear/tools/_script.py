@@ -21,6 +21,7 @@ from tqdm import tqdm
 from ..models import BACKBONES, is_ours
 from ..models._timm import read_weights
 from ..zoo.files import check_archive
+from ._datasets import left_out
 from ._errors import UsageError, suggest, usage_errors
 
 
@@ -156,11 +157,14 @@ def evaluate(
 ) -> 'OrderedDict[str, float]':
     """Mean loss and accuracies over the data, every image counted once however many processes share them.
 
+    Those with a negative target, which could not be read, are left out.
+
     Returns:
         loss, top1 and top5; the accuracies in percent.
     """
     model.eval()
-    evaluator = ClassificationEvaluator(device=device, max_samples=evaluation_sample_limit(loader))
+    evaluator = ClassificationEvaluator(device=device)
+    limit, seen = evaluation_sample_limit(loader), 0  # those after it fill up the batches of the last process
     with torch.inference_mode():
         for input, target in loader:
             if args.no_prefetcher:
@@ -169,8 +173,14 @@ def evaluate(
                 input = input.contiguous(memory_format=torch.channels_last)
             with autocast():
                 output = model(input)
-            evaluator.update(output[0] if isinstance(output, (tuple, list)) else output, target)
-            progress.step(len(target))
+            output = output[0] if isinstance(output, (tuple, list)) else output
+            if limit is not None:
+                output, target = output[:max(0, limit - seen)], target[:max(0, limit - seen)]
+                seen += len(target)
+            if left_out(loader.dataset):
+                output, target = output[target >= 0], target[target >= 0]
+            evaluator.update(output, target)
+            progress.step(len(input))
     progress.close()
     return evaluator.compute(distributed=distributed)
 

@@ -227,6 +227,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             name: _script.evaluate(
                 run, loader, args, device, autocast, Progress(f'{args.model} {name}', len(loader), args.log_freq))
             for name, run in runs.items()}
+        _datasets.check_readable(dataset)
         image, half = batches[0][:1], deepcopy(model).to(torch.bfloat16)
         ms = time_passes({
             'torch float32': lambda: model(image), 'torch bfloat16': lambda: half(image.to(torch.bfloat16)),
@@ -236,7 +237,7 @@ def quantize(args: argparse.Namespace) -> dict[str, Any]:
             checkpoint=args.checkpoint,
             dataset=args.dataset or args.data_dir,
             split=args.split,
-            images=len(dataset),
+            images=len(dataset) - _datasets.left_out(dataset),
             calibration_split=args.calibration_split,
             calibration_images=sum(len(batch) for batch in batches),
             seed=args.seed,

@@ -37,6 +37,7 @@ import vitlinear  # noqa: F401  registers the models
 from ..models import CastlingSchedule
 from ..zoo.records import write_text
 from . import _errors, _script
+from ._datasets import check_readable
 from ._errors import RunError, UsageError, first_line, ignore_workers, outside_problem, usage_errors
 from ._resume import Saver, changed_arguments, read_resume, trim_summary
 from ._script import Progress, clock
@@ -199,6 +200,26 @@ def train_one_epoch(
     return metrics
 
 
+def reason_to_stop(e: BaseException, dataset: Any, resumed: str) -> BaseException | None:
+    """What a run ends with that met an exception; None where that is a fault of this program.
+
+    Args:
+        e: The exception.
+        dataset: The training images.
+        resumed: The checkpoint that the run goes on with, while no update with it has passed.
+    """
+    try:
+        check_readable(dataset)  # a process that loads may have met too many first
+    except RunError as unreadable:
+        return unreadable
+    if isinstance(e, (KeyboardInterrupt, UsageError)):
+        return e
+    problem = outside_problem(e)
+    if problem is not None:
+        return RunError(problem)
+    return UsageError(f'--resume {resumed}: the first update with it fails: {first_line(e)}') if resumed else None
+
+
 def train(args: argparse.Namespace) -> None:
     args.device_modules = sorted({*(args.device_modules or ()), 'vitlinear'})  # timm's train.py needs it, on args.yaml
     for module in args.device_modules:
@@ -333,6 +354,7 @@ def train(args: argparse.Namespace) -> None:
                     progress = Progress(f'evaluation{suffix}', len(eval_loader), args.log_interval, primary)
                     eval_metrics = _script.evaluate(
                         eval_module, eval_loader, args, device, autocast, progress, args.distributed)
+                    check_readable(eval_loader.dataset)
                     if not math.isfinite(eval_metrics['loss']):
                         raise RunError(f'evaluation loss{suffix} is {eval_metrics["loss"]} after epoch {epoch}')
 
@@ -350,20 +372,18 @@ def train(args: argparse.Namespace) -> None:
                 scheduler.step(epoch + 1, metric)
     except (KeyboardInterrupt, Exception) as e:
         ignore_workers()
-        problem = outside_problem(e)
-        if problem is not None:
-            e = RunError(problem)
-        elif not isinstance(e, (KeyboardInterrupt, RunError)):
-            if args.resume and not updated:
-                raise UsageError(f'--resume {args.resume}: the first update with it fails: {first_line(e)}') from e
+        stopped = reason_to_stop(e, train_loader.dataset, '' if updated else args.resume)
+        if stopped is None:
             raise
         last = os.path.join(folder, 'last.pth.tar')
-        if primary:
+        if primary and isinstance(stopped, (KeyboardInterrupt, RunError)):
             hint = f'--output {args.output or "./output/train"} --experiment {os.path.basename(folder)} --resume {last}'
             told = f'continue with {hint}' if os.path.exists(last) else 'no checkpoint was written yet'
             kept = f'the last checkpoint is {last}' if os.path.exists(last) else told
-            e.args = (f'Stopped in epoch {epoch}; {told}' if isinstance(e, KeyboardInterrupt) else f'{e}; {kept}',)
-        raise e
+            stopped.args = (
+                f'Stopped in epoch {epoch}; {told}' if isinstance(stopped, KeyboardInterrupt)
+                else f'{stopped}; {kept}',)
+        raise stopped from None
     if primary and saver.best_metric is not None:
         percent = '' if metric_name == 'loss' else ' %'
         name = {'top1': 'top-1', 'top5': 'top-5', 'loss': 'loss'}[metric_name]

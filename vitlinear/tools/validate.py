@@ -19,7 +19,7 @@ import torch
 import vitlinear  # noqa: F401  registers the models
 
 from . import _datasets, _errors, _flags, _script
-from ._errors import usage_errors
+from ._errors import RunError, usage_errors
 from ._flags import positive_int
 from ._script import Progress
 
@@ -36,6 +36,7 @@ def build_parser() -> _flags.Parser:
     parser = _flags.Parser('validate', UNSUPPORTED, description='Measure a model on a validation set.')
     flag = parser.add_argument_group('data').add_argument
     _flags.add_data_flags(flag)
+    parser.set_defaults(max_unreadable=0.)
     flag('--split', default='validation', metavar='NAME', help='split to measure on')
 
     flag = parser.add_argument_group('model').add_argument
@@ -91,6 +92,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     progress = Progress(args.model, len(loader), args.log_freq)
     metrics = _script.evaluate(model, loader, args, device, autocast, progress)
     top1, top5 = metrics['top1'], metrics['top5']
+    images = len(dataset) - _datasets.left_out(dataset)
+    if not images:
+        raise RunError(f'none of the {len(dataset)} images could be read')
     results = dict(
         model=args.model,
         top1=round(top1, 4),
@@ -105,8 +109,9 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     if args.results_file:
         write_results(results, args.results_file, args.results_format)
     print(
-        f'top-1 {top1:.2f} % (err {100 - top1:.2f} %), top-5 {top5:.2f} %, {len(dataset)} images, '
-        f'{len(dataset) / (time.monotonic() - start):.0f} images/s', flush=True)
+        f'top-1 {top1:.2f} % (err {100 - top1:.2f} %), top-5 {top5:.2f} %, {images} images, '
+        f'{images / (time.monotonic() - start):.0f} images/s', flush=True)
+    _datasets.check_readable(dataset)
     return results
 
 
