@@ -89,12 +89,7 @@ class Parser(argparse.ArgumentParser):
 
     def load_config(self, path: Path) -> dict[str, Any]:
         """Read a YAML of timm's train.py and check every key and value against the parser."""
-        try:
-            config = yaml.safe_load(path.read_text())
-        except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-            raise UsageError(f'config {path} cannot be read as YAML: {" ".join(str(e).split())}') from e
-        if not isinstance(config, dict):
-            raise UsageError(f'config {path} must hold "key: value" lines')
+        config = read_yaml(path, 'config')
         actions = {a.dest: a for a in self._actions if a.dest not in ('help', 'config')}
         values = {}
         for key, value in config.items():
@@ -142,6 +137,37 @@ def _typed(action: argparse.Action, value: Any) -> Any:
             raise ValueError(f'expected a list{number}, not {value!r}')
         return [scalar(v) for v in value]
     return scalar(value)
+
+
+def read_yaml(path: Path, what: str) -> dict[str, Any]:
+    """The mapping in a YAML file, or a UsageError that begins with `what` and the path.
+
+    A few lines may stand for any amount of data through aliases, and a few brackets for any depth: both have bounds.
+    """
+    try:
+        text = path.read_text(encoding='utf-8')
+        sizes: dict[int, float] = {}
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        if len(text) > 2 ** 20 or (node is not None and _yaml_size(node, sizes) > 100_000):
+            raise UsageError(f'{what} {path} holds more than a file of settings: 100,000 values or 1 MiB of text')
+        data = yaml.safe_load(text)
+    except RecursionError:
+        raise UsageError(f'{what} {path} is nested too deeply') from None
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as e:
+        raise UsageError(f'{what} {path} cannot be read as YAML: {" ".join(str(e).split())}') from e
+    if not isinstance(data, dict):
+        raise UsageError(f'{what} {path} must hold "key: value" lines')
+    return data
+
+
+def _yaml_size(node: yaml.Node, sizes: dict[int, float]) -> float:
+    """Values that a node stands for, aliases written out; infinitely many where it holds itself."""
+    if id(node) not in sizes:
+        sizes[id(node)] = math.inf  # for aliases within
+        below = node.value if isinstance(node, yaml.CollectionNode) else ()
+        parts = [part for entry in below for part in (entry if isinstance(entry, tuple) else (entry,))]
+        sizes[id(node)] = 1 + sum(_yaml_size(part, sizes) for part in parts)
+    return sizes[id(node)]
 
 
 def config_folder() -> Path:

@@ -1,9 +1,11 @@
 """Folders of checkpoints: what may be written where, what is wrong with one; and the operations of a model."""
 import json
 import os
+import pickletools
 import re
 import shutil
 import tempfile
+import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,7 +23,11 @@ from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Record, RecordError, read_r
 from ._errors import UsageError, first_line
 
 CARD_NAME = 'README.md'
-PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.joblib')
+PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.npz', '.joblib', '.dill', '.msgpack')
+_CODE = ('.py', '.pyc', '.pyd', '.so', '.dll', '.dylib', '.exe', '.sh', '.bat', '.js', '.ipynb')
+_ARCHIVES = (b'PK\x03\x04', b'\x1f\x8b', b'BZh', b'\xfd7zXZ', b'7z\xbc\xaf', b'Rar!')
+# where a pickle may begin: the mark of protocols 2 to 5, and the instructions that older ones import with
+_PICKLE_START = re.compile(rb'\x80[\x02-\x05]|[ci][\w.]+\n[\w.]+\n')
 
 
 def count_macs(model: nn.Module, input_size: Sequence[int]) -> int:
@@ -71,13 +77,33 @@ def check_target(folder: Path) -> None:
         raise UsageError(f'{folder} holds other things than a checkpoint: give a new or empty folder')
 
 
-def is_pickle(path: Path) -> bool:
-    """Whether loading the file could run code: by its name, or because it is one of PyTorch's or Python's pickles."""
-    if path.name.endswith(PICKLES):
-        return True
-    with path.open('rb') as f:
-        head = f.read(4)
-    return head == b'PK\x03\x04' or bool(re.match(rb'\x80[\x02-\x05]', head))
+def danger(path: Path) -> str | None:
+    """Why a file is not published: what it is or may be, by name or by content; None for plain data."""
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
+        return 'is or may be a pickle, which can run code when loaded'
+    if suffix in _CODE:
+        return 'is code'
+    if suffix == '.safetensors':
+        return None  # read by its own parser alone, see `folder_problems`
+    data = path.read_bytes()
+    if data.startswith(_ARCHIVES) or zipfile.is_zipfile(path) or data[257:262] == b'ustar':
+        return 'is an archive, in which anything may lie'
+    for start in _PICKLE_START.finditer(data):
+        if _runs_code(data[start.start():]):
+            return 'holds a pickle, which can run code when loaded'
+    return None
+
+
+def _runs_code(data: bytes) -> bool:
+    """Whether bytes begin with a whole pickle, of any protocol, that calls something."""
+    found = set()
+    try:
+        for opcode, _, _ in pickletools.genops(data):
+            found.add(opcode.name)
+    except Exception:  # no pickle; the parser raises whatever it stumbles over
+        return False
+    return not found.isdisjoint({'REDUCE', 'INST', 'OBJ', 'NEWOBJ', 'NEWOBJ_EX', 'BUILD'})
 
 
 def folder_files(folder: Path) -> dict[str, Path]:
@@ -100,9 +126,10 @@ def folder_problems(folder: str | Path, need_record: bool = True, finite: bool =
     folder = Path(folder)
     if not folder.is_dir():
         return [f'{folder} is no folder']
+    dangers = {name: danger(path) for name, path in folder_files(folder).items()}
     problems = [
-        f'{name} is or may be a pickle, which can run code when loaded: only safetensors files are published'
-        for name, path in folder_files(folder).items() if is_pickle(path)]
+        f'{name} {reason}: safetensors files and plain data are published, nothing else'
+        for name, reason in dangers.items() if reason]
     config = _read_config(folder, problems)
     shapes = _read_shapes(folder, problems, finite)
     if config and shapes:

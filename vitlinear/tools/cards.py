@@ -5,10 +5,13 @@
 
 The card states what the record knows and leaves out the rest: an accuracy that nobody measured is never filled in.
 """
+import html
 import re
 import textwrap
 from collections.abc import Sequence
+from dataclasses import fields, is_dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import timm
 import torch
@@ -17,7 +20,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from ..models import is_ours
 from ..zoo.families import Family
 from ..zoo.records import RECORD_NAME, Record, find_record, read_record, write_text
-from ._errors import RunError, UsageError, command, suggest, usage_errors
+from ._errors import RunError, UsageError, command, printable, suggest, usage_errors
 from ._flags import Parser
 from ._folders import CARD_NAME
 from .info import architectures, family_of, measured, numbers, percent, published, short, size_of
@@ -89,7 +92,24 @@ def _command(text: str) -> str:
 
 
 def _code(language: str, text: str) -> str:
-    return f'```{language}\n{text.strip()}\n```'
+    fence = '`' * max(3, 1 + max(map(len, re.findall('`+', text)), default=0))
+    return f'{fence}{language}\n{text.strip()}\n{fence}'
+
+
+def _escaped(value: Any) -> Any:
+    """A record, or what is in it, whose free texts hold no HTML, no control characters and no links but of the web.
+
+    Commands stay as they are: they stand in blocks of code.
+    """
+    if isinstance(value, str):
+        value = html.escape(printable(' '.join(value.split())), quote=False)
+        return re.sub(r'\]\((?!https?://)', r']\\(', value)
+    if is_dataclass(value):
+        free = [f.name for f in fields(value) if f.name not in ('command', 'cfg')]
+        return replace(value, **{name: _escaped(getattr(value, name)) for name in free})
+    if isinstance(value, tuple):
+        return tuple(map(_escaped, value))
+    return {k: _escaped(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
 def model_name(record: Record, repo_id: str | None = None) -> str:
@@ -236,6 +256,7 @@ def render_card(record: Record, repo_id: str | None = None) -> str:
         repo_id: Repository that the folder is being sent to, where that is not the record's.
     """
     family, cfg, name = family_of(record.architecture), record.cfg, model_name(record, repo_id)
+    text = _escaped(record)
     size = ', '.join(str(n) for n in cfg.input_size)
     hub = repo_id or record.hub.repo_id
     if ':' not in name:
@@ -250,9 +271,9 @@ def render_card(record: Record, repo_id: str | None = None) -> str:
     blocks = [
         _front_matter(record),
         f'# Model card for {record.name}',
-        _fill(_summary(record, family)),
+        _fill(_summary(text, family)),
         '## Model details',
-        '\n'.join(_details(record, family)),
+        '\n'.join(_details(text, family)),
         *[_fill(paragraph) for paragraph in family.text.split('\n\n') if paragraph],
         '## Use',
         _fill(f'Install the package with `pip install vitlinear`, or `pip install .` in a checkout of it. {where}'),
@@ -279,13 +300,13 @@ def render_card(record: Record, repo_id: str | None = None) -> str:
               'leave out `--device cpu`.'),
         _code('sh', _TRAINING.format(name=name, size=' '.join(str(n) for n in cfg.input_size))),
         '## Training',
-        *_training(record),
+        *_training(text),
     ]
     if record.metrics:
-        blocks += ['## Evaluation', *_evaluation(record)]
+        blocks += ['## Evaluation', *_evaluation(text)]
     blocks += ['## File', f'- `{record.file}`, {record.size:,} bytes\n- sha256 `{record.sha256}`']
-    if record.limits:
-        blocks += ['## Limits', _fill(record.limits)]
+    if text.limits:
+        blocks += ['## Limits', _fill(text.limits)]
     if family.bibtex:
         blocks += ['## Citation', _code('bibtex', family.bibtex)]
     return '\n\n'.join(block for block in blocks if block) + '\n'

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import timm
-import yaml
 from timm.models import save_for_hf
 from timm.utils.checkpoint_saver import load_checkpoint_metadata
 from torch import nn
@@ -69,11 +68,7 @@ def split_name(folder: Path, architecture: str, tag: str | None, default: str | 
 def read_facts(path: Path | None) -> dict[str, Any]:
     if path is None:
         return {}
-    with usage_errors(f'--facts {path}'):
-        facts = yaml.safe_load(path.read_text(encoding='utf-8'))
-    if not isinstance(facts, dict):
-        raise UsageError(f'--facts {path}: must hold fields of {RECORD_NAME}')
-    return facts
+    return _flags.read_yaml(path, '--facts')
 
 
 def merged(base: dict[str, Any], facts: dict[str, Any]) -> dict[str, Any]:
@@ -225,8 +220,7 @@ def export_run(
     for file in (settings, path):
         if not file.is_file():
             raise UsageError(f'{run} is no folder of a training run: it has no {file.name}')
-    with usage_errors(str(settings)):
-        args = argparse.Namespace(**yaml.safe_load(settings.read_text()))
+    args = argparse.Namespace(**_flags.read_yaml(settings, 'settings'))
     with usage_errors(str(path)):
         meta = load_checkpoint_metadata(str(path))
         has_ema, epoch = meta.get('state_dict_ema') is not None, int(meta['epoch'])

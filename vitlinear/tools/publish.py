@@ -159,7 +159,7 @@ def _fetch(repo_id: str, revision: str | None) -> tuple[str, dict[str, Path]]:
         name = PurePosixPath(sibling.rfilename)
         if name.is_absolute() or any(part.startswith('.') for part in name.parts):
             continue
-        if name.name.endswith(PICKLES):
+        if name.name.lower().endswith(PICKLES):
             print(f'{name} is left out: it is or may be a pickle', file=sys.stderr)
             continue
         path = hub.download(repo_id, str(name), info.sha)
