@@ -1,4 +1,7 @@
 """What cannot work is refused with a message that names the argument, its value, and what is valid."""
+import random
+from collections import Counter
+
 import pytest
 import timm
 import torch
@@ -117,3 +120,47 @@ def test_unknown_name():
         timm.create_model('vvt_huge')
     with pytest.raises(RuntimeError, match='Invalid pretrained tag'):
         timm.create_model('vvt_tiny.nosuch')
+
+
+@pytest.mark.parametrize(('name', 'kwargs', 'words'), [
+    ('castling_deit_tiny_patch16_224', dict(num_heads=0), ['num_heads=0']),
+    ('castling_deit_tiny_patch16_224', dict(num_heads=5), ['num_heads=5', 'divisible']),
+    ('castling_deit_tiny_patch16_224', dict(img_size=(1,)), ['img_size=(1,)']),
+    ('castling_deit_tiny_patch16_224', dict(global_pool='median'), ["global_pool='median'", 'avg']),
+    ('castling_deit_tiny_patch16_224', dict(norm_layer={'a': 1}), ["norm_layer={'a': 1}"]),
+    ('castling_levit_128s', dict(act_layer='x'), ["act_layer='x'"]),
+    ('castling_levit_128s', dict(global_pool='max'), ["global_pool='max'", 'avg']),
+    ('castling_levit_128s', dict(key_dim=0), ['key_dim=0']),
+    ('castling_mvitv2_tiny', dict(global_pool='token'), ["global_pool='token'"]),
+    ('xvit_tiny', dict(mlp_ratio=float('inf')), ['mlp_ratio=inf']),
+])
+def test_construction_of_parts_of_timm(name: str, kwargs, words):
+    with refused(*words):
+        timm.create_model(name, **kwargs)
+
+
+@pytest.mark.slow
+def test_random_arguments():
+    """A thousand constructions of chance: made, or refused with an error that says so."""
+    values = [
+        0, -1, 1, 3, .5, 1.5, float('nan'), float('inf'), None, 'x', '', True, (), (1,), (1, 2, 3, 4), (0, 0, 0, 0), {},
+        {'a': 1}, 'avg', 'token', (32, 32), 224]
+    names = [
+        'num_classes', 'in_chans', 'img_size', 'depths', 'depth', 'embed_dims', 'embed_dim', 'num_heads', 'mlp_ratios',
+        'mlp_ratio', 'drop_rate', 'drop_path_rate', 'patch_size', 'patch_stride', 'global_pool', 'attn_layer',
+        'attn_kwargs', 'window_size', 'kernel_size', 'qkv_bias', 'out_indices', 'softmax_below', 'castling_steps',
+        'castling_ramp', 'key_dim', 'window_depths', 'init_values', 'act_layer', 'norm_layer', 'window_heads']
+    models = [
+        'vvt_nano', 'xvit_tiny', 'xvit_pyramid_nano', 'castling_nano', 'castling_levit_128s', 'castling_mvitv2_tiny',
+        'castling_deit_tiny_patch16_224', 'qna_vit_nano', 'gkvit_nano']
+    rng, outcomes = random.Random(0), Counter()
+    for _ in range(1000):
+        name, kwargs = rng.choice(models), {k: rng.choice(values) for k in rng.sample(names, rng.choice([1, 1, 2]))}
+        try:
+            timm.create_model(name, device='meta', **kwargs)
+            outcomes['made'] += 1
+        except (TypeError, ValueError):
+            outcomes['refused'] += 1
+        except RuntimeError:  # torch's, of sizes below zero, which it words itself
+            outcomes['refused by torch'] += 1
+    assert outcomes['made'] > 50 and outcomes['refused by torch'] < 20, outcomes

@@ -1,10 +1,12 @@
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+import yaml
 from PIL import Image
 
 from _data import cifar100, fashion_mnist, image_folder
@@ -150,3 +152,21 @@ def test_wrong_number_of_classes(data, tmp_path, capsys):
 def test_no_flag_is_both_supported_and_refused():
     dests = {a.dest for a in build_parser()._actions}
     assert not dests & set(UNSUPPORTED)
+
+
+def test_settings_of_the_run_beside_the_checkpoint(data, checkpoint, tmp_path, capsys):
+    """Classes and sizes need not be said again; what is said, counts; a run of another model says nothing."""
+    for model, code in (('test_vit', 0), ('test_convnext', 2)):
+        path = tmp_path / model / 'last.pth.tar'
+        path.parent.mkdir()
+        shutil.copy(checkpoint, path)
+        (path.parent / 'args.yaml').write_text(yaml.safe_dump(dict(
+            model=model, num_classes=3, img_size=32, model_kwargs=dict(img_size=32), epochs=9, mean=None)))
+        argv = ['--model', 'test_vit', *COMMON, '--checkpoint', str(path), '--data-dir', str(data)]
+        assert main(argv) == code
+        assert ('num_classes 3, img_size 32' in capsys.readouterr().err) == (code == 0)
+        assert main([*argv, '--num-classes', '4']) == 2
+    (tmp_path / 'test_vit' / 'args.yaml').write_text('model: test_vit\nnum_classes: many\n')
+    path = tmp_path / 'test_vit' / 'last.pth.tar'
+    assert main(['--model', 'test_vit', *COMMON, '--checkpoint', str(path), '--data-dir', str(data)]) == 2
+    assert "num_classes: expected an integer, not 'many'" in capsys.readouterr().err

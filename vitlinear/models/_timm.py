@@ -4,6 +4,7 @@ timm may rename what starts with an underscore: this is the only file such a ren
 """
 import json
 import os
+import reprlib
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -177,7 +178,8 @@ def build_model(
     the maps of the four stages of a pyramid.
 
     Raises:
-        ValueError: `pretrained` is set and the tag has no weights, or the file that holds them cannot be read.
+        ValueError: An argument is out of range; or `pretrained` is set and the tag has no weights, or the file that
+            holds them cannot be read.
         FileNotFoundError: `pretrained` is set and the file does not exist.
         HubError: `pretrained` is set and the weights cannot be had from the Hub.
         IntegrityError: `pretrained` is set and the weights are not the published ones.
@@ -196,16 +198,20 @@ def build_model(
             # handed over as a state dict, which timm looks for only where no source is named
             source = resolve_pretrained_cfg(variant, pretrained_cfg, overlay).source
             overlay.update(source=None, state_dict=read_weights(path))
-    model = build_model_with_cfg(
-        model_cls,
-        variant,
-        pretrained,
-        pretrained_cfg=pretrained_cfg,
-        pretrained_cfg_overlay=overlay,
-        pretrained_filter_fn=pretrained_filter_fn,
-        feature_cfg=feature_cfg,
-        **kwargs,
-    )
+    try:
+        model = build_model_with_cfg(
+            model_cls,
+            variant,
+            pretrained,
+            pretrained_cfg=pretrained_cfg,
+            pretrained_cfg_overlay=overlay,
+            pretrained_filter_fn=pretrained_filter_fn,
+            feature_cfg=feature_cfg,
+            **kwargs,
+        )
+    except (ArithmeticError, AssertionError, AttributeError, LookupError) as e:  # of the parts that are timm's
+        given = ', '.join(f'{name}={reprlib.repr(value)}' for name, value in kwargs.items())
+        raise ValueError(f'{variant} cannot be made with {given}: {str(e) or type(e).__name__}.') from e
     if path is not None:
         model.pretrained_cfg.pop('state_dict')  # the weights are in the model now, no second copy
         if source:

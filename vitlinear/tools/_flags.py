@@ -89,7 +89,10 @@ class Parser(argparse.ArgumentParser):
 
     def load_config(self, path: Path) -> dict[str, Any]:
         """Read a YAML of timm's train.py and check every key and value against the parser."""
-        config = read_yaml(path, 'config')
+        return self.checked(read_yaml(path, 'config'), path)
+
+    def checked(self, config: dict[str, Any], path: Path) -> dict[str, Any]:
+        """The values of a config, each in the type of its flag."""
         actions = {a.dest: a for a in self._actions if a.dest not in ('help', 'config')}
         values = {}
         for key, value in config.items():

@@ -12,6 +12,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -60,6 +61,27 @@ def build_parser() -> _flags.Parser:
     return parser
 
 
+# what a checkpoint's own run says about its model and images, where the command line says nothing
+_FROM_RUN = (
+    'num_classes', 'gp', 'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
+    'model_kwargs')
+
+
+def take_run_settings(args: argparse.Namespace) -> None:
+    """Complete `args` with the args.yaml beside the checkpoint, if that is of a run of the same model."""
+    path = Path(args.checkpoint).parent / 'args.yaml'
+    if not args.checkpoint or not path.is_file():
+        return
+    run = _flags.read_yaml(path, 'settings')
+    if str(run.get('model')).partition('.')[0] != args.model.partition('.')[0]:
+        return
+    found = build_parser().checked({k: run[k] for k in _FROM_RUN if run.get(k) and not getattr(args, k)}, path)
+    if found:
+        vars(args).update(found)
+        told = ', '.join(f'{k} {v}' for k, v in found.items())
+        print(f'from {path}: {told}', file=sys.stderr, flush=True)
+
+
 def write_results(results: dict[str, Any], path: str, format: str) -> None:
     with usage_errors(f'--results-file {path}'), open(path, 'w', newline='') as f:
         if format == 'json':
@@ -76,6 +98,7 @@ def validate(args: argparse.Namespace) -> dict[str, Any]:
     Returns:
         The columns that timm's validate.py writes.
     """
+    take_run_settings(args)
     _script.check_device(args.device)
     device = torch.device(args.device)
     autocast = _script.autocast_for(args, device)
