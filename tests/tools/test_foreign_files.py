@@ -93,6 +93,14 @@ def test_plain_files_are_none():
     assert len(files) > 50 and [p for p in files if danger(p)] == []
 
 
+def test_large_binary_files_take_seconds(tmp_path):
+    """40 MB in which a pickle could begin at 25,000 places."""
+    (tmp_path / 'a.dat').write_bytes((b'\x80\x04' + bytes(1598)) * 25_000)
+    start = time.monotonic()
+    assert danger(tmp_path / 'a.dat') is None
+    assert time.monotonic() - start < 10
+
+
 HTML = '<script>alert(1)</script> <img src=x onerror=y> [a](javascript:b) [c](https://d.e) \x1b[2J &amp; ```'
 
 

@@ -94,10 +94,13 @@ def test_killed_in_the_middle(hub, client, cache, published, expected):
     assert client.run(LOAD, cache, **ORG)['value'] == expected
 
 
-@pytest.mark.parametrize('name', [NAME, 'hf-hub:org/vvt_nano.test'])
-def test_flipped_bit(hub, client, cache, published, expected, made, name: str):
+@pytest.mark.parametrize(('name', 'bare'), [
+    (NAME, False), ('hf-hub:org/vvt_nano.test', False), ('hf-hub:org/vvt_nano.test', True)])
+def test_flipped_bit(hub, client, cache, published, expected, made, name: str, bare: bool):
     """Also without a record to compare with, thanks to the Hub's own hash; nothing is removed."""
-    hub.add('org/vvt_nano.test', {p.name: p.read_bytes() for p in made[0].iterdir()})
+    hub.bare = bare  # the hash is then in the list of files alone
+    files = {p.name: p.read_bytes() for p in made[0].iterdir()}
+    hub.add('org/vvt_nano.test', {k: v for k, v in files.items() if k != 'record.json' or not bare})
     data = WEIGHTS if name == NAME else (made[0] / 'model.safetensors').read_bytes()
     good, damaged = hashlib.sha256(data).hexdigest(), bytearray(data)
     damaged[len(data) // 2] ^= 16

@@ -1,4 +1,5 @@
 """Folders of checkpoints: what may be written where, what is wrong with one; and the operations of a model."""
+import io
 import json
 import os
 import pickletools
@@ -89,17 +90,19 @@ def danger(path: Path) -> str | None:
     data = path.read_bytes()
     if data.startswith(_ARCHIVES) or zipfile.is_zipfile(path) or data[257:262] == b'ustar':
         return 'is an archive, in which anything may lie'
+    stream = io.BytesIO(data)
     for start in _PICKLE_START.finditer(data):
-        if _runs_code(data[start.start():]):
+        stream.seek(start.start())
+        if _runs_code(stream):
             return 'holds a pickle, which can run code when loaded'
     return None
 
 
-def _runs_code(data: bytes) -> bool:
-    """Whether bytes begin with a whole pickle, of any protocol, that calls something."""
+def _runs_code(stream: io.BytesIO) -> bool:
+    """Whether a stream goes on with a whole pickle, of any protocol, that calls something."""
     found = set()
     try:
-        for opcode, _, _ in pickletools.genops(data):
+        for opcode, _, _ in pickletools.genops(stream):
             found.add(opcode.name)
     except Exception:  # no pickle; the parser raises whatever it stumbles over
         return False

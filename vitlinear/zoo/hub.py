@@ -260,10 +260,24 @@ def download_weights(
     """
     _check_type(filename, repo_id, revision)
     path = download(repo_id, filename, revision, cache_dir)
-    expected = record.sha256 if record else cache_digest(path)
+    expected = record.sha256 if record else cache_digest(path) or _told_digest(repo_id, filename, revision)
     if expected:
         check_file(path, expected, f"the record of '{record.name}'" if record else 'the Hub')
+    else:
+        _logger.warning(
+            f"'{filename}' of {_at(repo_id, revision)} came without a hash, and there is no record: whether its bytes "
+            f'are intact cannot be told.')
     return path
+
+
+def _told_digest(repo_id: str, filename: str, revision: str | None) -> str | None:
+    """The sha256 in the Hub's list of files, for downloads whose headers carry none, as through some mirrors."""
+    try:
+        files = hf.HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10).siblings or ()
+    except Exception as e:  # whatever it is, the file itself is here
+        _logger.info(f'{_at(repo_id, revision)} cannot be asked for hashes: {_first_line(e)}')
+        return None
+    return next((f.lfs.sha256 for f in files if f.rfilename == filename and f.lfs), None)
 
 
 def folder_weights(folder: str | os.PathLike) -> Path | None:
