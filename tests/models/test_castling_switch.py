@@ -425,5 +425,6 @@ def test_compiled_training(form: str, backend: str):
         assert layers(model)[0].aux.ramp == layers(expected)[0].aux.ramp, step
         assert counter.frame_count == 2, step
         for a, b in zip(model.parameters(), expected.parameters(), strict=True):
-            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item() + 1e-6)
+            # gradients before a batch norm are zero but for rounding, which differs between machines
+            torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-4 * b.grad.abs().max().item() + 5e-6)
     assert model.castling_step == expected.castling_step == 9 and layers(model)[0].aux.ramp == 1.
