@@ -117,3 +117,17 @@ def test_torch_func(name: str):
     stacked = vmap(lambda p, b: functional_call(model, (p, b), (x,)))(*stack_module_state(others))
     for i, other in enumerate(others):
         assert_near(stacked[i], other(x))
+
+
+@pytest.mark.parametrize('name', ['castling_nano', 'castling_levit_128s'])
+def test_adapter_of_the_convolution_of_values(name: str):
+    """As LoRA's are made: two more layers of the type of the one they adapt, added to what it returns."""
+    model, x = create(name)
+    expected = model(x).detach()
+    for module in model.modules():
+        if isinstance(conv := getattr(module, 'dconv', None), nn.Conv2d):
+            shape = dict(kernel_size=conv.kernel_size, padding=conv.padding, bias=False)
+            down, up = type(conv)(conv.in_channels, 4, **shape), type(conv)(4, conv.out_channels, 1, bias=False)
+            conv.register_forward_hook(lambda m, args, out, up=up, down=down: out + up(down(args[0])))
+    changed = model(x)
+    assert changed.shape == expected.shape and (changed - expected).abs().max() > 1e-4

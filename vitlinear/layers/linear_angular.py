@@ -138,12 +138,6 @@ class ValueConv2d(nn.Conv2d):
     A kernel of one column runs along the tokens: nn.Conv2d of (B, heads, N, d) values. A square one is for their grid.
     """
 
-    def __init__(self, num_heads: int, kernel_size: tuple[int, int], device=None, dtype=None):
-        padding = (kernel_size[0] // 2, kernel_size[1] // 2)
-        super().__init__(
-            num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, device=device,
-            dtype=dtype)
-
     def forward(
             self,
             v: torch.Tensor,
@@ -151,7 +145,14 @@ class ValueConv2d(nn.Conv2d):
             num_prefix_tokens: int = 0,
     ) -> torch.Tensor:
         """Values (B, heads, N, d) to as many, see `local_attention`."""
+        if self.groups != self.in_channels or self.groups != self.out_channels:  # made by an adapter of this one
+            return self._conv_forward(v, self.weight, self.bias)
         return local_attention(v, self.weight.to(v.dtype), grid, num_prefix_tokens)
+
+
+def _value_conv(num_heads: int, kernel_size: tuple[int, int], **dd: Any) -> ValueConv2d:
+    padding = (kernel_size[0] // 2, kernel_size[1] // 2)
+    return ValueConv2d(num_heads, num_heads, kernel_size, padding=padding, groups=num_heads, bias=False, **dd)
 
 
 class LinearAngular(nn.Module):
@@ -202,8 +203,8 @@ class LinearAngular(nn.Module):
         self.drop = float(attn_drop)
         self.dconv = self.aux = None
         if not softmax:
-            kernel_size = (res_kernel_size, res_kernel_size if conv == '2d' else 1)
-            self.dconv = ValueConv2d(num_heads, kernel_size, device=device, dtype=dtype)
+            self.dconv = _value_conv(
+                num_heads, (res_kernel_size, res_kernel_size if conv == '2d' else 1), device=device, dtype=dtype)
             self.aux = MaskedSoftmax(
                 aux_mode, aux_threshold, aux_kappa, aux_max_keys, aux_chunk, attn_drop, device=device)
 
@@ -232,7 +233,7 @@ class LinearAngular(nn.Module):
         """Repeat the kernel of each head for its channels, once instead of in each call. Its state dict is another."""
         channels = self.value_channels()
         if self.dconv is not None and self.dconv.out_channels != channels:
-            conv = ValueConv2d(channels, self.dconv.kernel_size, device='meta')
+            conv = _value_conv(channels, self.dconv.kernel_size, device='meta')
             weight = self.dconv.weight.detach().repeat_interleave(channels // self.num_heads, dim=0)
             conv.weight = nn.Parameter(weight, requires_grad=self.dconv.weight.requires_grad)
             self.dconv = conv.train(self.training)
