@@ -254,6 +254,7 @@ def stop(argv: list[str], *signals: int, group: bool = True) -> tuple[int, str]:
 
 
 @pytest.mark.parametrize(('signals', 'group', 'code'), [
+    ([signal.SIGINT], True, 130),
     ([signal.SIGINT, signal.SIGINT], True, 130),
     ([signal.SIGINT], False, 130),
     ([signal.SIGTERM], False, 143),
@@ -263,8 +264,8 @@ def test_signals_say_how_to_go_on(data, tmp_path, signals, group: bool, code: in
     argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '99']
     found, told = stop(argv, *signals, group=group)
     assert found == code
-    assert f'--resume {tmp_path / "a" / "last.pth.tar"}' in one_line(told)
-    assert len(rows(tmp_path / 'a')) == 1
+    assert f'--experiment a --resume {tmp_path / "a" / "last.pth.tar"}' in one_line(told)
+    assert saved(tmp_path / 'a')['epoch'] == 0 and len(rows(tmp_path / 'a')) == 1
 
 
 def test_a_dead_worker_is_told(data, tmp_path):

@@ -257,21 +257,6 @@ def test_history_names_no_other_files(fit, tmp_path, capsys, changed: dict[str, 
     assert secret.read_bytes() == b'secret' and {p.name: p.read_bytes() for p in folder.iterdir()} == before
 
 
-def test_interrupt_says_how_to_go_on(data, tmp_path):
-    argv = [*TINY, *COMMON, '--data-dir', data, '--output', str(tmp_path), '--experiment', 'a', '--epochs', '99']
-    process = start(*argv, '-j', '1', '--log-interval', '1')
-    lines = []
-    for line in process.stdout:
-        lines.append(line)
-        if line.startswith('epoch 1 [1/'):
-            os.killpg(process.pid, signal.SIGINT)
-    assert process.wait() == 130
-    last = tmp_path / 'a' / 'last.pth.tar'
-    assert f'--experiment a --resume {last}' in lines[-1]
-    assert 'Traceback' not in ''.join(lines)
-    assert load_checkpoint_metadata(str(last))['epoch'] == 0
-
-
 def test_non_finite_loss_stops_the_run(fit, monkeypatch, capsys):
     folder = fit('a')
     before = (folder / 'last.pth.tar').read_bytes()

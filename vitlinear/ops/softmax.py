@@ -3,20 +3,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ._dispatch import is_transformed, scripts_as
+from ._dispatch import is_transformed
 
 
-def _fused(
-        q: torch.Tensor,
-        k: torch.Tensor,
-        v: torch.Tensor,
-        bias: torch.Tensor | None = None,
-        dropout_p: float = 0.,
-) -> torch.Tensor:
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
-
-
-@scripts_as(_fused)
 def softmax_attention(
         q: torch.Tensor,
         k: torch.Tensor,
@@ -39,7 +28,8 @@ def softmax_attention(
     Returns:
         (B, heads, N, e).
     """
-    if is_transformed():
-        with sdpa_kernel(SDPBackend.MATH):
-            return _fused(q, k, v, bias, dropout_p)
-    return _fused(q, k, v, bias, dropout_p)
+    if not torch.jit.is_scripting():
+        if is_transformed():
+            with sdpa_kernel(SDPBackend.MATH):
+                return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, dropout_p=dropout_p)

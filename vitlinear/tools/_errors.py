@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
+from ..zoo.hub import first_line
+
 _NO_SPACE = 'no space is left: free some, or choose a folder elsewhere'
 _NO_FILES = 'too many files are open: raise `ulimit -n`, or take fewer --workers'
 _NO_MEMORY = 'out of memory: a smaller --batch-size or --img-size, or fewer --workers, take less'
@@ -156,11 +158,6 @@ def usage_errors(doing: str):
         raise
     except Exception as e:
         raise UsageError(f'{doing}: {first_line(e)}') from e
-
-
-def first_line(e: BaseException) -> str:
-    """What an exception says, as one line; its type where it says nothing."""
-    return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
 def suggest(name: str, names: Iterable[str]) -> str:

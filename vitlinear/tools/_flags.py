@@ -149,9 +149,8 @@ def read_yaml(path: Path, what: str) -> dict[str, Any]:
     """
     try:
         text = path.read_text(encoding='utf-8')
-        sizes: dict[int, float] = {}
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
-        if len(text) > 2 ** 20 or (node is not None and _yaml_size(node, sizes) > 100_000):
+        node = yaml.compose(text, Loader=yaml.SafeLoader) if len(text) <= 2 ** 20 else None
+        if len(text) > 2 ** 20 or (node is not None and _yaml_size(node, {}) > 100_000):
             raise UsageError(f'{what} {path} holds more than a file of settings: 100,000 values or 1 MiB of text')
         data = yaml.safe_load(text)
     except RecursionError:
@@ -188,6 +187,11 @@ def find_config(name: str) -> Path:
     if stem in packaged:
         return packaged[stem]
     raise UsageError(f'config {name} is neither a file nor a packaged config{suggest(stem, packaged)}')
+
+
+# what the settings of a run say about its model and images, beside the classes
+RUN_SETTINGS = (
+    'input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs', 'gp')
 
 
 def add_data_flags(flag: Callable) -> None:

@@ -19,9 +19,9 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ..models._weights import check_size
-from ..zoo.hub import sha256
+from ..zoo.hub import first_line, sha256
 from ..zoo.records import RECORD_NAME, WEIGHTS_NAME, Record, RecordError, read_record
-from ._errors import UsageError, first_line
+from ._errors import UsageError
 
 CARD_NAME = 'README.md'
 PICKLES = ('.bin', '.pth', '.pt', '.pkl', '.pickle', '.ckpt', '.tar', '.npy', '.npz', '.joblib', '.dill', '.msgpack')

@@ -19,7 +19,6 @@ _NOT_COMPUTED = {'resume', 'output', 'experiment', 'log_interval', 'checkpoint_h
                  'data', 'data_dir', 'dataset_download', 'start_epoch', 'validation_batch_size', 'synchronize_step',
                  'rank', 'local_rank', 'no_resume_opt', 'max_unreadable'}
 
-
 _LEFT_OVER = re.compile(r'tmp\.pth\.tar|(checkpoint-[0-9]+|model_best)\.pth\.tar\.new')
 
 
@@ -112,13 +111,14 @@ def read_resume(args: argparse.Namespace) -> dict[str, Any]:
         raise UsageError(f'{where} damaged, or not a checkpoint') from e
     if not isinstance(checkpoint, dict) or not {'epoch', 'state_dict', 'optimizer'} <= checkpoint.keys():
         raise UsageError(f'{where} not a training checkpoint (weights alone: --initial-checkpoint)')
+    it = f'{where} it'
     entries = {'arch': args.model, 'version': 2, **checkpoint}
     kinds = [('state_dict', dict, 'a dict'), ('optimizer', dict, 'a dict'), ('arch', str, 'the name of a model'),
              ('version', int, 'a whole number'), ('args', (argparse.Namespace, type(None)), 'a Namespace')]
     for name, kind, valid in kinds:
-        _need(isinstance(entries.get(name), kind), where + ' it', name, entries.get(name), valid)
-    _need(_is_epoch(entries['epoch']), where + ' it', 'epoch', entries['epoch'], 'a whole number, not negative')
-    _need(_is_metric(entries.get('metric')), where + ' it', 'metric', entries.get('metric'), 'a finite number')
+        _need(isinstance(entries.get(name), kind), it, name, entries.get(name), valid)
+    _need(_is_epoch(entries['epoch']), it, 'epoch', entries['epoch'], 'a whole number, not negative')
+    _need(_is_metric(entries.get('metric')), it, 'metric', entries.get('metric'), 'a finite number')
     if entries['arch'].partition('.')[0] != args.model.partition('.')[0]:
         raise UsageError(f'{where} a checkpoint of {entries["arch"]}, not of {args.model}')
     if args.model_ema and not any(isinstance(entries.get(k), dict) for k in ('state_dict_ema', 'model_ema')):

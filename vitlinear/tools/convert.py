@@ -30,13 +30,13 @@ from ..zoo._flax import is_flax
 from ..zoo.hub import sha256
 from . import _errors, _flags
 from ._errors import UsageError, suggest, usage_errors
+from ._flags import RUN_SETTINGS
 from .export import add_flags, check_target, data_cfg, export_model, merged, read_facts, report, split_name
 from .info import architectures
 
 __all__ = ['convert', 'variant_of']
 
 _HEAD_BIAS = re.compile(r'(?:^|[./])(?:head|head\.fc|head\.linear|head_logits|classifier|fc)[./]bias$')
-_FROM_RUN = ('input_size', 'img_size', 'in_chans', 'mean', 'std', 'crop_pct', 'interpolation', 'model_kwargs', 'gp')
 
 
 def _is_of_host(state_dict: dict[str, torch.Tensor], model: nn.Module) -> bool:
@@ -95,7 +95,7 @@ def _run_arguments(path: Path) -> dict[str, Any]:
     if isinstance(checkpoint.get('arch'), str) and 'state_dict' in checkpoint:
         out['arch'] = checkpoint['arch'].partition('.')[0]
         settings = checkpoint.get('args')
-        out.update({k: getattr(settings, k) for k in _FROM_RUN if getattr(settings, k, None) not in (None, '', {})})
+        out.update({k: getattr(settings, k) for k in RUN_SETTINGS if getattr(settings, k, None) not in (None, '', {})})
     return out
 
 
@@ -192,7 +192,7 @@ def convert(
             raise UsageError(str(e).splitlines()[0]) from e
     if run.get('arch', architecture) != architecture:
         raise UsageError(f"{path} is a checkpoint of {run['arch']}: give --model {run['arch']}")
-    settings = {**{k: v for k, v in run.items() if k in _FROM_RUN}, **{k: v for k, v in settings.items() if v}}
+    settings = {**{k: v for k, v in run.items() if k in RUN_SETTINGS}, **{k: v for k, v in settings.items() if v}}
 
     kwargs = {k: v for k, v in (settings.get('model_kwargs') or {}).items() if k not in SCHEDULE_ARGUMENTS}
     state_dict.pop('castling_step', None)
@@ -221,7 +221,7 @@ def convert(
     if 'img_size' in kwargs and not settings.get('input_size'):  # the model was made for it
         size = kwargs['img_size']
         settings['input_size'] = (channels, *([size] * 2 if isinstance(size, int) else size))
-    args = argparse.Namespace(**{**dict.fromkeys(_FROM_RUN), **settings})
+    args = argparse.Namespace(**{**dict.fromkeys(RUN_SETTINGS), **settings})
     labels = labels or made.pretrained_cfg.get('label_names')
     cfg = data_cfg(made, args, labels)
     found = dict(provenance=dict(

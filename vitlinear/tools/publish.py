@@ -24,7 +24,7 @@ import vitlinear
 from ..zoo import hub, records
 from ..zoo.records import RECORD_NAME, REPO_ID, WEIGHTS_NAME, Hub, Record, find_record, read_record
 from . import _errors, _flags
-from ._errors import RunError, UsageError, first_line, suggest
+from ._errors import RunError, UsageError, suggest
 from ._folders import CARD_NAME, PICKLES, check_target, folder_files, folder_problems, new_folder
 from .cards import render_card, write_card
 
@@ -237,7 +237,7 @@ def _run_errors() -> Iterator[None]:
     except hub.HubError as e:
         raise RunError(str(e)) from e
     except Exception as e:
-        raise RunError(f'{type(e).__name__}: {first_line(e)}') from e
+        raise RunError(f'{type(e).__name__}: {hub.first_line(e)}') from e
 
 
 @_errors.command('push')

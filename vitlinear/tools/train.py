@@ -35,10 +35,11 @@ from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_
 import vitlinear  # noqa: F401  registers the models
 
 from ..models import CastlingSchedule
+from ..zoo.hub import first_line
 from ..zoo.records import write_text
 from . import _errors, _script
 from ._datasets import check_readable
-from ._errors import RunError, UsageError, first_line, ignore_workers, outside_problem, usage_errors
+from ._errors import RunError, UsageError, ignore_workers, outside_problem, usage_errors
 from ._resume import Saver, changed_arguments, read_resume, trim_summary
 from ._script import Progress, clock
 from ._train_args import build_parser

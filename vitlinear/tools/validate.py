@@ -21,7 +21,7 @@ import vitlinear  # noqa: F401  registers the models
 
 from . import _datasets, _errors, _flags, _script
 from ._errors import RunError, usage_errors
-from ._flags import positive_int
+from ._flags import RUN_SETTINGS, positive_int
 from ._script import Progress
 
 # Destinations of the flags of timm's validate.py that are left out, with timm's defaults.
@@ -61,12 +61,6 @@ def build_parser() -> _flags.Parser:
     return parser
 
 
-# what a checkpoint's own run says about its model and images, where the command line says nothing
-_FROM_RUN = (
-    'num_classes', 'gp', 'img_size', 'in_chans', 'input_size', 'crop_pct', 'mean', 'std', 'interpolation',
-    'model_kwargs')
-
-
 def take_run_settings(args: argparse.Namespace) -> None:
     """Complete `args` with the args.yaml beside the checkpoint, if that is of a run of the same model."""
     path = Path(args.checkpoint).parent / 'args.yaml'
@@ -75,7 +69,8 @@ def take_run_settings(args: argparse.Namespace) -> None:
     run = _flags.read_yaml(path, 'settings')
     if str(run.get('model')).partition('.')[0] != args.model.partition('.')[0]:
         return
-    found = build_parser().checked({k: run[k] for k in _FROM_RUN if run.get(k) and not getattr(args, k)}, path)
+    names = [k for k in ('num_classes', *RUN_SETTINGS) if run.get(k) and not getattr(args, k)]
+    found = build_parser().checked({k: run[k] for k in names}, path)
     if found:
         vars(args).update(found)
         told = ', '.join(f'{k} {v}' for k, v in found.items())

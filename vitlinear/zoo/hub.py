@@ -18,8 +18,8 @@ from huggingface_hub import errors as hf_errors
 from .records import RECORD_NAME, WEIGHTS_NAME, Record, find_record, read_record
 
 __all__ = [
-    'HubError', 'IntegrityError', 'cache_digest', 'check_file', 'download', 'download_weights', 'folder_weights',
-    'hub_errors', 'hub_org', 'repo_weights', 'set_hub_org', 'sha256', 'weights_repo',
+    'HubError', 'IntegrityError', 'cache_digest', 'check_file', 'download', 'download_weights', 'first_line',
+    'folder_weights', 'hub_errors', 'hub_org', 'repo_weights', 'set_hub_org', 'sha256', 'weights_repo',
 ]
 
 _logger = logging.getLogger(__name__)
@@ -140,7 +140,7 @@ def hub_errors(
         elif status is not None and status >= 500:
             reason = f'{hf.constants.ENDPOINT} has trouble of its own (HTTP status {status}); try again later.'
         else:
-            reason = _first_line(e)
+            reason = first_line(e)
         raise HubError(f'{doing}: {reason}') from e
     except OSError as e:
         if e.errno in _FULL:
@@ -151,17 +151,18 @@ def hub_errors(
             raise HubError(
                 f"{doing}: '{e.filename}' cannot be written ({os.strerror(e.errno)}) and it is not in the cache. Point "
                 f'HF_HUB_CACHE at a folder that can.') from e
-        raise HubError(f'{doing}: {_first_line(e)}') from e
+        raise HubError(f'{doing}: {first_line(e)}') from e
     except Exception as e:
         # which HTTP library the client is built on changed twice, and with it the errors of a connection
         if type(e).__module__.partition('.')[0] not in _HTTP_LIBRARIES:
             raise
         raise HubError(
-            f'{doing}: the connection to {hf.constants.ENDPOINT} failed ({_first_line(e)}). Try again; nothing '
+            f'{doing}: the connection to {hf.constants.ENDPOINT} failed ({first_line(e)}). Try again; nothing '
             f'incomplete is kept.') from e
 
 
-def _first_line(e: BaseException) -> str:
+def first_line(e: BaseException) -> str:
+    """What an exception says, as one line; its type where it says nothing."""
     return next((line.strip() for line in str(e).splitlines() if line.strip()), type(e).__name__)
 
 
@@ -194,7 +195,7 @@ def download(
         except Exception as e:
             if not isinstance(cached, str) or _is_final(e):
                 raise
-            _logger.warning(f'{_at(repo_id, revision)} cannot be reached ({_first_line(e)}): using the cached copy.')
+            _logger.warning(f'{_at(repo_id, revision)} cannot be reached ({first_line(e)}): using the cached copy.')
             return Path(cached)
         return Path(hf.hf_hub_download(
             repo_id, filename, revision=revision, cache_dir=cache_dir, library_name='vitlinear'))
@@ -275,7 +276,7 @@ def _told_digest(repo_id: str, filename: str, revision: str | None) -> str | Non
     try:
         files = hf.HfApi().model_info(repo_id, revision=revision, files_metadata=True, timeout=10).siblings or ()
     except Exception as e:  # whatever it is, the file itself is here
-        _logger.info(f'{_at(repo_id, revision)} cannot be asked for hashes: {_first_line(e)}')
+        _logger.info(f'{_at(repo_id, revision)} cannot be asked for hashes: {first_line(e)}')
         return None
     return next((f.lfs.sha256 for f in files if f.rfilename == filename and f.lfs), None)
 
