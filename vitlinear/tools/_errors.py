@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import FrameType
+from types import FrameType, TracebackType
 
 from ..zoo.hub import first_line
 
@@ -78,10 +78,19 @@ def ignore_workers() -> None:
 
 @contextmanager
 def _signals() -> Iterator[None]:
-    """The first SIGINT or SIGTERM raises in this process, those after it do nothing while it cleans up."""
+    """The first SIGINT or SIGTERM raises in this process, those after it do nothing while it cleans up.
+
+    Forked workers that hand something to a process that has ended say nothing of it.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
+
+    owner, hook = os.getpid(), sys.excepthook
+
+    def told(kind: type[BaseException], e: BaseException, trace: TracebackType | None) -> None:
+        if os.getpid() == owner or not issubclass(kind, (ConnectionError, EOFError)):
+            hook(kind, e, trace)
 
     def stop(number: int, frame: FrameType | None) -> None:
         for other in before:
@@ -94,9 +103,11 @@ def _signals() -> Iterator[None]:
     before = {n: handler for n, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     for number in before:
         signal.signal(number, stop)
+    sys.excepthook = told
     try:
         yield
     finally:
+        sys.excepthook = hook
         for number, handler in before.items():
             if signal.getsignal(number) is stop:  # else one came, and the process is about to end
                 signal.signal(number, handler)
